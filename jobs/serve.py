@@ -1,0 +1,192 @@
+"""`sceneray serve`: a bundle behind HTTP, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import ipaddress
+import os
+import socket
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from jobs.cli import main_of, say
+from jobs.ray_session import ray_session
+from sceneray.errors import ConfigError, ServingError
+
+if TYPE_CHECKING:
+    from serve.settings import ServeArgs
+
+HELP = "serve a bundle over HTTP until Ctrl-C"
+EXAMPLE = "sceneray serve bundles/camvid --port 8000"
+APP = "sceneray"
+KEY_VARIABLE = "SCENERAY_API_KEY"
+REQUEST_TIMEOUT_S = 120
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="URL of a bundle written by `sceneray export`")
+    parser.add_argument(
+        "options", metavar="KEY=VALUE", nargs="*", help="arguments of serve.app:build: max_batch_size=16"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free port (default: 8000)")
+    parser.add_argument("--replicas", type=int, default=1, help="model replicas (default: 1)")
+    parser.add_argument("--address", help="a running Ray cluster; default: RAY_ADDRESS, else a private local Ray")
+    parser.add_argument(
+        "--without-key", action="store_true", help=f"listen beyond this machine though {KEY_VARIABLE} is not set"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Serve until interrupted; being interrupted is how a server ends, and no failure."""
+    options = {"replicas": args.replicas, **_options(args.options)}
+    with serving(args.bundle, args.host, args.port, args.address, args.without_key, **options) as url:
+        print(f"serving {args.bundle} at {url}  (docs: {url}/docs; stop with Ctrl-C)", flush=True)
+        started_at = time.monotonic()
+        # Ctrl-C is the first; SIGTERM, once Ray has put its own handler in, the second.
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            while True:
+                time.sleep(3600)
+        say("stopping ...")
+        seconds = time.monotonic() - started_at
+    return {"bundle": args.bundle, "url": url, "served_seconds": round(seconds, 1)}
+
+
+@contextlib.contextmanager
+def serving(
+    bundle: str,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    address: str | None = None,
+    without_key: bool = False,
+    **options: Any,
+) -> Iterator[str]:
+    """Serve `bundle` while the context lasts; yields the base URL once the model answers.
+
+    `options` are arguments of `serve.app:build`. Port 0 takes a free one. The key in SCENERAY_API_KEY is asked of
+    callers; beyond loopback a key is required. Raises ServingError where the port is taken or the model does not
+    start, BundleError where the bundle cannot be read, ConfigError for a wrong option; all before Ray starts, but for
+    a model that fails on its device.
+    """
+    from sceneray.devices import cpu_threads
+
+    options |= _keys(host, without_key)
+    port = _claim(host, port)
+    if address is None and not os.environ.get("RAY_ADDRESS"):
+        # A private Ray: the machine is ours, and Ray would give each replica one thread.
+        options.setdefault("threads", cpu_threads(None, int(options.get("replicas", 1))))
+    args = _serve_args(bundle, options)
+    with ray_session(address):
+        _start(args, host, port)
+        try:
+            yield f"http://{_in_url(host)}:{port}"
+        finally:
+            _stop()
+
+
+def _serve_args(bundle: str, options: dict[str, Any]) -> ServeArgs:
+    """Checked arguments, and a bundle whose every file was read and agrees with its digest. Does not import ray."""
+    from sceneray import bundle as bundles
+    from sceneray.config import validate
+    from serve.settings import ServeArgs
+
+    args = validate(ServeArgs, {"bundle": bundle, **options}, "the command line")
+    bundles.verify(args.bundle)
+    return args
+
+
+def _start(args: ServeArgs, host: str, port: int) -> None:
+    from ray import serve
+
+    from serve.app import build
+
+    if serve.status().proxies:
+        raise ServingError(
+            "Serve runs on this cluster already, on a host and port of its own. Add the model to it with "
+            "`serve deploy` (see serve/config.yaml), or stop it first: `serve shutdown`."
+        )
+    say("starting the model ...")
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": host, "port": port, "request_timeout_s": REQUEST_TIMEOUT_S},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        serve.run(build(args), name=APP, route_prefix="/", logging_config={"log_level": "WARNING"})
+    except RuntimeError as error:
+        _stop()
+        raise ServingError(f"the model does not start: {_reason(error)}") from error
+    except BaseException:
+        _stop()
+        raise
+
+
+def _stop() -> None:
+    from ray import serve
+
+    serve.shutdown()
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last line of the failure's text that names an exception; Serve wraps it in a page of traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if "Error" in line.split(":")[0]]
+    return (named or lines or ["unknown"])[-1]
+
+
+def _claim(host: str, port: int) -> int:
+    """`port`, or a free one for 0, if nobody listens on it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port closed a moment ago is free
+        try:
+            sock.bind((host, port))
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise ServingError(
+                f"cannot listen on {host} port {port}: {why}. Stop what listens there, or choose another --port "
+                "(0: any free one)."
+            ) from error
+        claimed: int = sock.getsockname()[1]
+    return claimed
+
+
+def _keys(host: str, without_key: bool) -> dict[str, Any]:
+    key = os.environ.get(KEY_VARIABLE)
+    if key:
+        return {"api_keys": (hashlib.sha256(key.encode()).hexdigest(),)}
+    if not without_key and not _is_loopback(host):
+        raise ServingError(
+            f"{host} can be reached from other machines and no API key is set. Set {KEY_VARIABLE}, listen on "
+            "127.0.0.1, or say --without-key."
+        )
+    return {}
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"'{pair}' is no option: write key=value, for example max_batch_size=16")
+        options[key] = value
+    return options
+
+
+if __name__ == "__main__":
+    raise SystemExit(main_of("serve"))

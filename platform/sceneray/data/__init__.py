@@ -1,0 +1,1 @@
+"""Photographs and labels: published layouts, the dataset store, sample order, augmentation."""

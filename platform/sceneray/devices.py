@@ -1,0 +1,70 @@
+"""Where a computation runs and in which precision, decided by what the hardware can do, not by its name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from typing import Any
+
+import torch
+
+
+def pick_device(gpu: bool | None = None, index: int = 0) -> torch.device:
+    """The device to use: CUDA where there is one and `gpu` is not False, else the CPU."""
+    if gpu is False or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", index)
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype for mixed precision, or None for plain float32.
+
+    `auto` takes bfloat16 where matrix units compute in it: CUDA devices that report it, CPUs with AMX tiles. A CPU
+    that has only AVX-512 BF16, or neither, loses time to the conversions.
+    """
+    if precision == "fp32":
+        return None
+    if precision == "bf16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return torch.bfloat16 if _cpu_flags() & {"amx_bf16", "amx_tile"} == {"amx_bf16", "amx_tile"} else None
+
+
+def autocast(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The autocast context for `dtype`; does nothing for None."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def cpu_threads(wanted: int | None, workers_here: int) -> int:
+    """CPU threads for one worker: as told, else an equal share of the cores this process may use."""
+    if wanted is not None:
+        return wanted
+    return max(1, usable_cores() // max(1, workers_here))
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory used so far, in bytes: of the CUDA device, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            flags = next((line for line in lines if line.startswith("flags")), "")
+    except FileNotFoundError:
+        return set()  # not Linux: no AMX there
+    return set(flags.split())

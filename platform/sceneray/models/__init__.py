@@ -1,0 +1,1 @@
+"""PSPNet, its backbones, and the layers they are made of."""

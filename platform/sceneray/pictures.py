@@ -1,0 +1,90 @@
+"""Pictures of a run: curves of loss and mIoU, and a contact sheet photo | truth | prediction."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sceneray import checkpoint, storage
+from sceneray.data.images import decode_image, decode_label, encode_jpeg
+from sceneray.data.store import ClassInfo, Split
+from sceneray.masks import colour_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CURVES = "pictures/curves.png"
+CONTACT_SHEET = "pictures/contact_sheet.jpg"
+SHEET_WIDTH = 360  # pixels of one column
+GAP = 6
+COLOURS = {"loss": "#4c72b0", "miou": "#c44e52", "pixel_accuracy": "#55a868"}
+
+
+def write_curves(run: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write RUN/pictures/curves.png: training loss, and val mIoU and pixel accuracy, over epochs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    _plot(left, rows, "train", {"loss": "loss"})
+    left.set(title="training loss", xlabel="epoch", ylim=(0, None))
+    _plot(right, rows, "val", {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"})
+    right.set(title="validation", xlabel="epoch", ylim=(0, 1))
+    right.legend(frameon=False, loc="lower right")
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    storage.write_bytes(storage.join(run, CURVES), data.getvalue())
+
+
+def write_contact_sheet(run: str, split: Split, rows: int) -> None:
+    """Write RUN/pictures/contact_sheet.jpg: `rows` images spread over the split, as the best checkpoint sees them."""
+    best = checkpoint.load(storage.join(run, "best"))
+    model = checkpoint.build(best)
+    lines = []
+    for index in np.unique(np.linspace(0, len(split) - 1, rows).round().astype(int)):
+        sample = split.read(int(index))
+        image, truth = decode_image(sample.image), decode_label(sample.label)
+        prediction = model.predict(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])[0].numpy()
+        lines.append((image, truth, prediction))
+    storage.write_bytes(storage.join(run, CONTACT_SHEET), encode_jpeg(contact_sheet(lines, best.classes), 90))
+
+
+def contact_sheet(
+    rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: Sequence[ClassInfo]
+) -> np.ndarray:
+    """One picture, uint8 [H, W, 3], of rows (photo uint8 [h, w, 3], truth uint8 [h, w], prediction uint8 [h, w])."""
+    colours = colour_table(classes)
+    lines = []
+    for image, truth, prediction in rows:
+        height = max(1, round(SHEET_WIDTH * image.shape[0] / image.shape[1]))
+        cells = [
+            _resize(image, height, Image.Resampling.BILINEAR),
+            _resize(colours[truth], height, Image.Resampling.NEAREST),
+            _resize(colours[prediction], height, Image.Resampling.NEAREST),
+        ]
+        gap = np.full((height, GAP, 3), 255, np.uint8)
+        lines.append(np.concatenate([cells[0], gap, cells[1], gap, cells[2]], axis=1))
+    between = np.full((GAP, lines[0].shape[1], 3), 255, np.uint8)
+    parts = [part for line in lines for part in (line, between)]
+    return np.concatenate(parts[:-1], axis=0)
+
+
+def _resize(image: np.ndarray, height: int, how: Image.Resampling) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((SHEET_WIDTH, height), how))
+
+
+def _plot(axes: Axes, rows: Sequence[Mapping[str, Any]], kind: str, names: Mapping[str, str]) -> None:
+    mine = [row for row in rows if row["kind"] == kind]
+    for name, label in names.items():
+        if mine:
+            epochs, values = [row["epoch"] for row in mine], [row[name] for row in mine]
+            axes.plot(epochs, values, label=label, color=COLOURS[name], marker="o" if len(mine) < 40 else "", ms=3)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)

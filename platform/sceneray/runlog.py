@@ -1,0 +1,169 @@
+"""What a run leaves behind to be read: metrics as JSON lines, TensorBoard events, worker logs, attempts.
+
+Object stores cannot append, so lines are kept in memory and go up as numbered parts, per attempt:
+
+    RUN/attempts/0002.json                          who ran it, from which step
+    RUN/metrics/attempt-0002/part-00000.jsonl       one JSON object a line
+    RUN/logs/attempt-0002/rank-000/part-00000.log   what the worker logged
+    RUN/tensorboard/attempt-0002/events...          the same metrics for TensorBoard
+
+A later attempt starts from a checkpoint; what earlier attempts wrote past that step is superseded and not read back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sceneray import storage
+from sceneray.errors import ConflictError
+
+LOGGER = "sceneray"
+
+
+class Parts:
+    """Lines that go up as numbered files below one folder."""
+
+    def __init__(self, folder: str, suffix: str) -> None:
+        self.folder = folder
+        self.suffix = suffix
+        self.lines: list[str] = []
+        self.written = 0
+
+    def add(self, line: str) -> None:
+        """Keep one line for the next flush."""
+        self.lines.append(line)
+
+    def flush(self) -> None:
+        """Write the lines kept so far as the next part."""
+        if not self.lines:
+            return
+        text = "\n".join(self.lines) + "\n"
+        storage.write_bytes(storage.join(self.folder, f"part-{self.written:05d}.{self.suffix}"), text.encode())
+        self.lines.clear()
+        self.written += 1
+
+
+class TensorBoardFile:
+    """Scalars written to a local event file that goes up whole at every flush."""
+
+    def __init__(self, folder: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        self.local = tempfile.TemporaryDirectory(prefix="sceneray-tb-")
+        self.writer = SummaryWriter(self.local.name)
+
+    def add(self, kind: str, row: Mapping[str, Any]) -> None:
+        """Write every number of a metrics row under `kind/name`."""
+        for name, value in row.items():
+            if isinstance(value, int | float) and name not in ("step", "epoch"):
+                self.writer.add_scalar(f"{kind}/{name}", value, row["step"])
+
+    def flush(self) -> None:
+        """Send the event files up."""
+        self.writer.flush()
+        for path in Path(self.local.name).iterdir():
+            storage.write_bytes(storage.join(self.folder, path.name), path.read_bytes())
+
+    def close(self) -> None:
+        """End the writer and remove its local folder."""
+        self.writer.close()
+        self.local.cleanup()
+
+
+class MetricsLog:
+    """The metrics of one attempt, written by rank 0."""
+
+    def __init__(self, run: str, attempt: int, tensorboard: bool) -> None:
+        name = f"attempt-{attempt:04d}"
+        self.rows = Parts(storage.join(run, "metrics", name), "jsonl")
+        self.tensorboard = TensorBoardFile(storage.join(run, "tensorboard", name)) if tensorboard else None
+
+    def add(self, kind: str, row: Mapping[str, Any]) -> None:
+        """Log one row; `kind` is `train` or `val`, and `row` has a `step`."""
+        self.rows.add(json.dumps({"kind": kind, **row}))
+        if self.tensorboard is not None:
+            self.tensorboard.add(kind, row)
+
+    def flush(self) -> None:
+        """Make everything logged so far durable."""
+        self.rows.flush()
+        if self.tensorboard is not None:
+            self.tensorboard.flush()
+
+    def close(self) -> None:
+        """Flush and end."""
+        self.flush()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+
+def read_metrics(run: str) -> list[dict[str, Any]]:
+    """Every surviving metrics row of a run, in order of its steps."""
+    rows: list[dict[str, Any]] = []
+    for attempt in attempts(run):
+        rows = [row for row in rows if row["step"] <= attempt["from_step"]]
+        folder = storage.join(run, "metrics", f"attempt-{attempt['attempt']:04d}")
+        for name in storage.list_names(folder):
+            rows += [json.loads(line) for line in storage.read_bytes(storage.join(folder, name)).splitlines()]
+    return rows
+
+
+def attempts(run: str) -> list[dict[str, Any]]:
+    """The records of all attempts of a run, first to last."""
+    folder = storage.join(run, "attempts")
+    return [storage.read_json(storage.join(folder, name)) for name in storage.list_names(folder)]
+
+
+def next_attempt(run: str) -> int:
+    """The number that the next attempt will try to take."""
+    taken = storage.list_names(storage.join(run, "attempts"))
+    return int(taken[-1].removesuffix(".json")) + 1 if taken else 1
+
+
+def claim_attempt(run: str, about: Mapping[str, Any]) -> int:
+    """Take the next attempt number for this worker group; two groups never get the same one."""
+    while True:
+        number = next_attempt(run)
+        record = json.dumps({"attempt": number, **about}, indent=1).encode()
+        try:
+            storage.create(storage.join(run, "attempts", f"{number:04d}.json"), record)
+            return number
+        except ConflictError:
+            continue
+
+
+@contextmanager
+def worker_log(run: str, attempt: int, rank: int) -> Iterator[Parts]:
+    """Collect this process's `sceneray` log records into the run folder until the context ends."""
+    parts = Parts(storage.join(run, "logs", f"attempt-{attempt:04d}", f"rank-{rank:03d}"), "log")
+    handler = _PartsHandler(parts)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger(LOGGER)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield parts
+    except BaseException:
+        logger.exception("this worker ends with an error")
+        raise
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        parts.flush()
+
+
+class _PartsHandler(logging.Handler):
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.parts.add(self.format(record))

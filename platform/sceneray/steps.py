@@ -1,0 +1,241 @@
+"""Training's small named steps: make the state, take one step, evaluate, restore.
+
+`sceneray.training.fit` calls them in a loop; a test calls them one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sceneray import checkpoint as checkpoints
+from sceneray import devices, losses, optim, parallel
+from sceneray.checkpoint import Checkpoint
+from sceneray.config import TrainSettings
+from sceneray.data import order
+from sceneray.data.cache import ShardCache
+from sceneray.data.loader import Batch, sample_order
+from sceneray.data.store import Split, Store
+from sceneray.errors import CheckpointError, TrainingError
+from sceneray.evaluation import evaluate_indices, rank_indices
+from sceneray.metrics import Scores, scores
+from sceneray.models.pspnet import PSPNet, build_model
+from sceneray.models.weights import transfer
+
+log = logging.getLogger("sceneray.steps")
+
+
+def _ignore(_: dict[str, Any]) -> None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Where a run runs, and whom it tells. With `world_size` > 1 torch.distributed is initialised already."""
+
+    rank: int = 0
+    world_size: int = 1
+    workers_here: int = 1  # ranks on this machine, which share its cores
+    device_index: int = 0
+    report: Callable[[dict[str, Any]], None] = _ignore  # after every evaluation, on every rank
+    progress: Callable[[dict[str, Any]], None] = _ignore  # after every logged step, on rank 0
+    should_stop: Callable[[], bool] = lambda: False  # asked after every step, on every rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The open store of a run and its two splits."""
+
+    store: Store
+    train: Split
+    val: Split
+
+    @classmethod
+    def open(cls, settings: TrainSettings) -> Data:
+        """Open the store and both splits. Raises DataError where one is missing or empty."""
+        store = Store.open(settings.data.store)
+        cache = ShardCache(settings.data.cache, settings.data.cache_gb)
+        return cls(store, store.split(settings.data.train_split, cache), store.split(settings.data.val_split, cache))
+
+
+@dataclasses.dataclass
+class TrainState:
+    """All that changes while training, and the fixed things around it."""
+
+    settings: TrainSettings
+    runtime: Runtime
+    device: torch.device
+    model: PSPNet
+    forward: nn.Module  # the model, wrapped by DDP where there are several ranks
+    optimizer: torch.optim.Optimizer
+    class_weights: Tensor | None
+    ignore_index: int
+    positions: int  # samples of the whole run
+    steps: int  # optimizer steps of the whole run
+    step: int = 0  # steps done
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype of mixed precision; None for float32."""
+        return devices.autocast_dtype(self.settings.precision, self.device)
+
+
+def create_state(settings: TrainSettings, runtime: Runtime, data: Data) -> TrainState:
+    """A state at step 0: the network from its seed, `weights` or `init_from`."""
+    device = devices.pick_device(settings.resources.gpu, runtime.device_index)
+    if device.type == "cpu":
+        torch.set_num_threads(devices.cpu_threads(settings.threads, runtime.workers_here))
+    torch.manual_seed(settings.seed)
+    model = build_model(settings.model, len(data.store.classes), load_weights=settings.init_from is None)
+    if settings.init_from is not None:
+        start_from(model, settings.init_from)
+    model.to(device)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    weights = losses.class_weights(settings.loss.class_weights, data.store.pixel_counts(settings.data.train_split))
+    positions = order.total_positions(len(data.train), settings.epochs)
+    groups = optim.param_groups(model, settings.optimizer)
+    return TrainState(
+        settings=settings,
+        runtime=runtime,
+        device=device,
+        model=model.train(),
+        forward=parallel.distributed(model, device, runtime.world_size, settings.model.norm),
+        optimizer=optim.OPTIMIZERS[settings.optimizer.name](groups, settings.optimizer),
+        class_weights=None if weights is None else weights.to(device),
+        ignore_index=data.store.ignore_index,
+        positions=positions,
+        steps=order.total_steps(positions, settings.batch_size),
+    )
+
+
+def start_from(model: PSPNet, url: str) -> None:
+    """Fine-tune: give `model` the tensors of the checkpoint at `url` that fit; what was made anew is logged."""
+    report = transfer(model, checkpoints.load(url).model)
+    log.info("init_from %s: loaded %d tensors; made anew: %s", url, len(report.loaded), ", ".join(report.made_anew))
+
+
+def train_step(state: TrainState, batches: Sequence[Batch], stop: bool = False) -> Tensor:
+    """One optimizer step over this rank's part of a global batch, in one forward pass for each of `batches`.
+
+    Returns float64 [3] on the device, summed over ranks: the main loss's sum, its weight, and how many ranks were
+    asked to `stop`. The gradient is that of (main + aux_weight · aux) summed over all valid pixels of the global batch
+    and divided by their number, however the batch is split over ranks and passes.
+    """
+    settings, world = state.settings, state.runtime.world_size
+    schedule = optim.SCHEDULES[settings.schedule.name]
+    optim.set_lr(state.optimizer, schedule(state.step, state.steps, settings.schedule))
+    state.optimizer.zero_grad(set_to_none=True)
+    loss_function = losses.LOSSES[settings.loss.name]
+    totals = torch.zeros(3, dtype=torch.float64, device=state.device)
+    totals[2] = float(stop)
+    # Sums over pixels grow large: a fixed factor keeps gradients near 1 until the exact division below.
+    scale = 1.0 / (settings.batch_size * settings.augment.crop[0] * settings.augment.crop[1])
+    for number, batch in enumerate(batches, start=1):
+        images, labels, seeds = (tensor.to(state.device, non_blocking=True) for tensor in batch)
+        if settings.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with _reduce_gradients(state.forward, number == len(batches)):
+            with devices.autocast(state.autocast_dtype, state.device):
+                logits = state.forward(images, seeds)
+            loss, weight = loss_function(logits.main.float(), labels, state.class_weights, state.ignore_index)
+            objective = loss
+            if logits.aux is not None:
+                aux, _ = loss_function(logits.aux.float(), labels, state.class_weights, state.ignore_index)
+                objective = loss + settings.loss.aux_weight * aux
+            # DDP averages over ranks; the sum is wanted.
+            (objective * (scale * world)).backward()
+        totals[0] += loss.detach()
+        totals[1] += weight
+    parallel.sum_over_ranks(totals, world)
+    factor = (1.0 / (scale * totals[1].clamp(min=1e-12))).float()
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    torch._foreach_mul_(gradients, factor)
+    state.optimizer.step()
+    state.step += 1
+    return totals
+
+
+def evaluate(state: TrainState, data: Data) -> Scores:
+    """Score the current weights on the val split; every rank takes its share and gets the same scores."""
+    parallel.share_buffers(state.model, state.runtime.world_size)
+    indices = rank_indices(len(data.val), state.runtime.rank, state.runtime.world_size)
+    with devices.autocast(state.autocast_dtype, state.device):
+        matrix = evaluate_indices(
+            state.model, data.val, indices, len(data.store.classes), state.ignore_index, state.device
+        )
+    return scores(parallel.sum_matrix(matrix, state.device, state.runtime.world_size))
+
+
+def batch_names(state: TrainState, data: Data, step: int) -> list[str]:
+    """Names of the samples of the global batch that step number `step` (from 0) used."""
+    samples = sample_order(data.train.shard_rows, state.settings)
+    batch = order.step_positions(step, state.settings.batch_size, state.positions)
+    return [data.train.read(samples[position]).name for position in batch]
+
+
+def check_finite(state: TrainState, data: Data, steps: range, totals: Tensor) -> None:
+    """Raise TrainingError at the first of `steps` whose loss (totals: float64 [len(steps), 3]) is not finite."""
+    bad = (~torch.isfinite(totals[:, 0])).nonzero().flatten().tolist()
+    if bad:
+        step = steps[bad[0]]
+        names = batch_names(state, data, step)
+        raise TrainingError(
+            f"the loss is {float(totals[bad[0], 0])} at step {step + 1}, samples {', '.join(names)}. The last "
+            "committed checkpoint is untouched. Lower optimizer.lr, add schedule.warmup_steps, or look at those samples."
+        )
+
+
+def check_weights(state: TrainState) -> None:
+    """Raise TrainingError where a weight is not finite: such a network is never saved."""
+    norms = torch._foreach_norm([p.detach() for p in state.model.parameters()])
+    if not bool(torch.isfinite(torch.stack(norms)).all()):
+        raise TrainingError(
+            f"a weight is not finite after step {state.step}. The last committed checkpoint is untouched. Lower "
+            "optimizer.lr or add schedule.warmup_steps."
+        )
+
+
+def optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    """The optimizer's state as "parameter name/state name" → tensor."""
+    found = {}
+    for name, parameter in state.model.named_parameters():
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                found[f"{name}/{key}"] = value
+    return found
+
+
+def restore(state: TrainState, saved: Checkpoint, store_digest: str) -> None:
+    """Continue from `saved`: weights, optimizer and position.
+
+    Raises CheckpointError where it was trained on other data: the same positions would mean other samples.
+    """
+    if saved.store_digest != store_digest:
+        raise CheckpointError(
+            f"{saved.url} was trained on a store with digest {saved.store_digest[:12]}…, and "
+            f"{state.settings.data.store} now has {store_digest[:12]}…: its data changed. Give the old store, or a new "
+            "run with init_from."
+        )
+    state.model.load_state_dict(saved.model, strict=True)
+    for name, parameter in state.model.named_parameters():
+        prefix = name + "/"
+        slots = {key[len(prefix) :]: value for key, value in saved.optimizer.items() if key.startswith(prefix)}
+        for key, value in slots.items():
+            # A buffer of the parameter's shape takes its memory format and device; counters stay as they are.
+            same = value.shape == parameter.shape and value.dim() > 0
+            state.optimizer.state[parameter][key] = torch.empty_like(parameter).copy_(value) if same else value
+    state.step = saved.step
+
+
+def _reduce_gradients(forward: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """DDP sums gradients over ranks in the last pass of a step only."""
+    if last or not isinstance(forward, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return forward.no_sync()

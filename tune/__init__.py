@@ -1,0 +1,1 @@
+"""Search over training settings with Ray Tune."""
