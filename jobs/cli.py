@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import signal
 import sys
 import traceback
@@ -32,12 +33,15 @@ VERBS = {
     "submit": "jobs.submit",
 }
 EXIT_INTERRUPTED = 130
+DEBUG_VARIABLE = "SCENERAY_DEBUG"  # set by --debug, so that what a verb starts shows its logs too
 
 
 def main_of(verb: str, argv: Sequence[str] | None = None) -> int:
     """Parse `argv` for one verb, run it, and return the exit code (0: it did what it was asked)."""
     module = importlib.import_module(VERBS[verb])
     args = parser_of(verb).parse_args(argv)
+    if args.debug:
+        os.environ[DEBUG_VARIABLE] = "1"
     # SIGTERM (a scheduler, `kill`) stops a verb as cleanly as Ctrl-C does.
     signal.signal(signal.SIGTERM, _interrupt)
     try:

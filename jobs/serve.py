@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import io
 import ipaddress
+import logging
+import math
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -47,8 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with serving(args.bundle, args.host, args.port, args.address, args.without_key, **options) as url:
         print(f"serving {args.bundle} at {url}  (docs: {url}/docs; stop with Ctrl-C)", flush=True)
         started_at = time.monotonic()
-        # Ctrl-C is the first; SIGTERM, once Ray has put its own handler in, the second.
-        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        with contextlib.suppress(KeyboardInterrupt):
             while True:
                 time.sleep(3600)
         say("stopping ...")
@@ -72,7 +76,7 @@ def serving(
     start, BundleError where the bundle cannot be read, ConfigError for a wrong option; all before Ray starts, but for
     a model that fails on its device.
     """
-    from sceneray.devices import cpu_threads
+    from sceneray.devices import cpu_threads, usable_cores
 
     options |= _keys(host, without_key)
     port = _claim(host, port)
@@ -80,11 +84,17 @@ def serving(
         # A private Ray: the machine is ours, and Ray would give each replica one thread.
         options.setdefault("threads", cpu_threads(None, int(options.get("replicas", 1))))
     args = _serve_args(bundle, options)
-    with ray_session(address):
-        _start(args, host, port)
+    needed = math.ceil((args.max_replicas or args.replicas) * args.cpus + args.ingress_replicas)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with contextlib.ExitStack() as stack, ray_session(address, cpus=max(needed, usable_cores())):
+        _take_back_sigterm(on_sigterm)
+        _refuse_running()
         try:
+            _start(args, host, port)
             yield f"http://{_in_url(host)}:{port}"
         finally:
+            # Until Ray has ended: it prints on stdout that Serve's controller, told to end, has ended.
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             _stop()
 
 
@@ -99,30 +109,37 @@ def _serve_args(bundle: str, options: dict[str, Any]) -> ServeArgs:
     return args
 
 
-def _start(args: ServeArgs, host: str, port: int) -> None:
-    from ray import serve
+def _take_back_sigterm(handler: Any) -> None:
+    """Ray's own handler prints a stack trace and aborts the process 3 s later: too soon for Serve to end in order."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
-    from serve.app import build
+
+def _refuse_running() -> None:
+    """One Serve has one address, and ending ours would end somebody's."""
+    from ray import serve
 
     if serve.status().proxies:
         raise ServingError(
             "Serve runs on this cluster already, on a host and port of its own. Add the model to it with "
             "`serve deploy` (see serve/config.yaml), or stop it first: `serve shutdown`."
         )
+
+
+def _start(args: ServeArgs, host: str, port: int) -> None:
+    from ray import serve
+
+    from serve.app import build
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     say("starting the model ...")
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    http = {"host": host, "port": port, "request_timeout_s": REQUEST_TIMEOUT_S}
+    serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
     try:
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": host, "port": port, "request_timeout_s": REQUEST_TIMEOUT_S},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
-        )
-        serve.run(build(args), name=APP, route_prefix="/", logging_config={"log_level": "WARNING"})
+        serve.run(build(args), name=APP, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
-        _stop()
         raise ServingError(f"the model does not start: {_reason(error)}") from error
-    except BaseException:
-        _stop()
-        raise
 
 
 def _stop() -> None:
@@ -132,10 +149,15 @@ def _stop() -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The last line of the failure's text that names an exception; Serve wraps it in a page of traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if "Error" in line.split(":")[0]]
-    return (named or lines or ["unknown"])[-1]
+    """What the failed replica raised: the last line of its traceback, which Serve keeps in the deployment's status."""
+    from ray import serve
+
+    for deployment in serve.status().applications[APP].deployments.values():
+        lines = [line.strip() for line in str(deployment.message).splitlines()]
+        raised = [line for line in lines if line.startswith("sceneray.errors.") or "Error: " in line]
+        if raised:
+            return raised[-1].removeprefix("sceneray.errors.")
+    return str(error)
 
 
 def _claim(host: str, port: int) -> int:

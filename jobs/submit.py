@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import importlib
 import importlib.util
+import logging
 import os
 import secrets
 import shlex
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     words = _take_own_arguments(args)
     address = _checked_address(args.address)
     command, files = compose(args.verb, words, lambda what, url: on_cluster(what, url, address))
-    client = _connect(address)
+    client = connect(address)
     environment = forwarded()
     say(f"submitting to {address}; variables passed on: {', '.join(sorted(environment))}")
     with tempfile.TemporaryDirectory(prefix="sceneray-job-") as folder:
@@ -77,19 +78,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         job: str = client.submit_job(
             entrypoint=shlex.join(["python", "-m", "jobs", *command]),
             submission_id=f"sceneray-{args.verb}-{secrets.token_hex(4)}",
-            runtime_env={
-                "working_dir": folder,
-                "py_modules": [package_folder(name) for name in PACKAGES],
-                "excludes": ["__pycache__", "*.pyc"],
-                "env_vars": environment,
-            },
+            runtime_env=runtime_env(folder, environment),
         )
     say(f"job {job} accepted")
     if not args.wait:
         say(f"follow it: ray job logs --follow {job} --address {address}")
         print(job)
         return {"job": job, "status": "SUBMITTED", "address": address}
-    return _follow_to_end(client, job, address)
+    return follow_to_end(client, job, address)
 
 
 def compose(verb: str, words: list[str], place: Callable[[str, str], str]) -> tuple[list[str], dict[str, str]]:
@@ -138,11 +134,16 @@ def forwarded() -> dict[str, str]:
     return found | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
 
 
-def package_folder(name: str) -> str:
-    """Where the package `name` lies on this machine."""
-    spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.submodule_search_locations, f"package {name} is not installed"
-    return str(Path(spec.submodule_search_locations[0]).resolve())
+def runtime_env(folder: str, environment: dict[str, str]) -> dict[str, Any]:
+    """What a job takes along: this code, the files in `folder` (its working directory), and `environment`."""
+    specs = {name: importlib.util.find_spec(name) for name in PACKAGES}
+    folders = {name: spec.submodule_search_locations for name, spec in specs.items() if spec is not None}
+    return {
+        "working_dir": folder,
+        "py_modules": [str(Path((folders[name] or [])[0]).resolve()) for name in PACKAGES],
+        "excludes": ["__pycache__", "*.pyc"],
+        "env_vars": environment,
+    }
 
 
 def _own_arguments(parser: argparse.ArgumentParser) -> None:
@@ -192,7 +193,7 @@ def _resolved(verb: str, args: argparse.Namespace, place: Callable[[str, str], s
     return config.dump(settings.model_copy(update={"sweep": place("sweep", settings.sweep), "train": train}))
 
 
-def _connect(address: str) -> Any:
+def connect(address: str) -> Any:
     """A client of the job server at `address`. Raises ScenerayError where it does not answer or wants a token."""
     token_file = Path("~/.ray/auth_token").expanduser()
     if "RAY_AUTH_MODE" not in os.environ and (
@@ -205,6 +206,10 @@ def _connect(address: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    # They tell of each package and of the end of the stream; what a user must know is said here.
+    for name in ("dashboard_sdk", "job.sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
@@ -219,15 +224,15 @@ def _connect(address: str) -> Any:
         ) from error
 
 
-def _follow_to_end(client: Any, job: str, address: str) -> dict[str, Any]:
+def follow_to_end(client: Any, job: str, address: str) -> dict[str, Any]:
     """Show the job's log until it ends. Raises ScenerayError where it did not succeed, Interrupted after Ctrl-C."""
+    log = Log(client, job, address)
     try:
-        status = asyncio.run(_follow(client, job, address))
+        status = asyncio.run(log.follow())
     except KeyboardInterrupt:
-        say(f"stopping job {job}; Ctrl-C again leaves at once")
+        say(f"stopping job {job}, which may take {STOP_WAIT_S} s to save; Ctrl-C again leaves at once")
         client.stop_job(job)
-        while str(client.get_job_status(job)) not in ENDED:
-            time.sleep(POLL_S)
+        asyncio.run(log.follow())
         raise Interrupted(f"job {job} is stopped. What it saved stays; the same command goes on from there.") from None
     if status != "SUCCEEDED":
         raise ScenerayError(f"job {job} ended as {status}: its log above says why.")
@@ -235,31 +240,43 @@ def _follow_to_end(client: Any, job: str, address: str) -> dict[str, Any]:
     return {"job": job, "status": status, "address": address}
 
 
-async def _follow(client: Any, job: str, address: str) -> str:
-    """Print the log as it grows, over broken connections too; returns the status at the end."""
-    import aiohttp
+class Log:
+    """The log of a job, shown on stdout as it grows."""
 
-    shown = 0
-    lost_at: float | None = None
-    while True:
-        try:
-            skip = shown  # a new connection sends the log from its start
-            async for text in client.tail_job_logs(job):
-                print(text[skip:], end="", flush=True)
-                shown += len(text[skip:])
-                skip = max(0, skip - len(text))
-            status = str(client.get_job_status(job))
-            if status in ENDED:
-                return status
-            lost_at = None
-        except (OSError, RuntimeError, aiohttp.ClientError) as error:
-            lost_at = lost_at or time.monotonic()
-            if time.monotonic() - lost_at > PATIENCE_S:
-                raise ScenerayError(
-                    f"the connection to {address} is lost: {error}. Job {job} goes on there; see it with: "
-                    f"ray job logs --follow {job} --address {address}"
-                ) from error
-        await asyncio.sleep(POLL_S)
+    def __init__(self, client: Any, job: str, address: str) -> None:
+        self.client = client
+        self.job = job
+        self.address = address
+        self.shown = 0  # characters
+
+    async def follow(self) -> str:
+        """Show what is new until the job ends, over broken connections too; returns its status."""
+        import aiohttp
+
+        lost_at: float | None = None
+        while True:
+            try:
+                await self._read_stream()
+                status = str(self.client.get_job_status(self.job))
+                if status in ENDED:
+                    return status
+                lost_at = None
+            except (OSError, RuntimeError, aiohttp.ClientError) as error:
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at > PATIENCE_S:
+                    raise ScenerayError(
+                        f"the connection to {self.address} is lost: {error}. Job {self.job} goes on there; see it with: "
+                        f"ray job logs --follow {self.job} --address {self.address}"
+                    ) from error
+            await asyncio.sleep(POLL_S)
+
+    async def _read_stream(self) -> None:
+        skip = self.shown  # a new connection sends the log from its start
+        async for text in self.client.tail_job_logs(self.job):
+            new = text[skip:]
+            skip = max(0, skip - len(text))
+            print(new, end="", flush=True)
+            self.shown += len(new)
 
 
 if __name__ == "__main__":

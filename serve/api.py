@@ -274,7 +274,9 @@ def _add_errors(app: FastAPI) -> None:
     async def broken(request: Request, error: Exception) -> Response:
         log.error("request %s failed", request.state.request_id, exc_info=error)
         text = "the server failed; its log has the reason under this request_id."
-        return _error(request, 500, "internal_error", text)
+        # This answer is made outside RequestIds, so it names itself.
+        headers = {} if "x-request-id" in request.headers else {"x-request-id": request.state.request_id}
+        return _error(request, 500, "internal_error", text, headers)
 
 
 def _error(request: Request, status: int, kind: str, text: str, headers: dict[str, str] | None = None) -> Response:

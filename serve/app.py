@@ -94,6 +94,8 @@ def build(args: ServeArgs) -> Application:
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
         max_ongoing_requests=args.ongoing,
         max_queued_requests=args.ongoing * most,
+        # A bundle that cannot be loaded is not loaded by the twentieth try (Serve's default) either.
+        max_constructor_retry_count=2,
     ).bind(storage.absolute(args.bundle), args.batching, args.device, args.threads)
     settings = ApiSettings(args.uploads, args.max_queued_pixels * most, args.api_keys)
     ongoing = 2 * args.ongoing * most

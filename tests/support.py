@@ -18,6 +18,7 @@ import pytest
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
+POLL_S = 0.1  # between two looks at a condition that a test waits for
 SHARED_MISSING = "../shared is not here"
 UNTRACKED = {".git", ".venv", "__pycache__", ".hypothesis", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
 SKIPS = Path(__file__).with_name("skips.txt")
@@ -128,7 +129,7 @@ def _wait_until_answers(endpoint: str, process: subprocess.Popen[bytes], log: Pa
         with contextlib.suppress(httpx.HTTPError):
             httpx.get(endpoint, timeout=5, trust_env=False)
             return
-        time.sleep(0.1)  # between two polls of the condition
+        time.sleep(POLL_S)
     raise RuntimeError(f"SeaweedFS did not come up:\n{log.read_text(errors='replace')[-3000:]}")
 
 

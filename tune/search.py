@@ -7,6 +7,7 @@ the same command again reads it there, never from Ray's own (pickled) record, wh
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import time
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         with ray_session(args.address, cpus=max(math.ceil(settings.cpus_per_trial), usable_cores())):
             _check_placement(settings)
             _run_trials(settings, waiting, records)
-    return _finish(settings, list(records.values()))
+    return finish(settings, list(records.values()))
 
 
 def open_sweep(settings: TuneSettings, trials: Iterable[Trial]) -> dict[str, Record]:
@@ -172,9 +173,7 @@ def _run_trials(settings: TuneSettings, trials: list[Trial], records: dict[str, 
     import pyarrow.fs
     from ray import tune
 
-    # Trials log for themselves, and one that fails reports that instead of a score.
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    _configure_tune()
     filesystem, path = storage.filesystem(storage.join(settings.sweep, ".ray"))
     follower = Follower(settings, records)
     resources = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}
@@ -207,7 +206,17 @@ def _run_trials(settings: TuneSettings, trials: list[Trial], records: dict[str, 
         raise Interrupted(f"stopped with {ended} of {len(records)} trials ended. The same command goes on from there.")
 
 
-def _finish(settings: TuneSettings, records: list[Record]) -> dict[str, Any]:
+def _configure_tune() -> None:
+    # Trials log for themselves, and one that fails reports that instead of a score.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    # The newer output engine prints to stdout even when it is told to be silent.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    # It misses those loggers' files.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+
+
+def finish(settings: TuneSettings, records: list[Record]) -> dict[str, Any]:
     """Write sweep.json and best.yaml, print the table. Raises ScenerayError where no trial has a score."""
     result = report.document(records, settings)
     storage.write_json(storage.join(settings.sweep, "sweep.json"), result)

@@ -138,7 +138,9 @@ def load(url: str) -> Bundle:
             golden_mask=decode_label(files[GOLDEN_MASK]),
         )
     except (StorageError, SafetensorError, ConfigError, KeyError, ValueError, RuntimeError) as error:
-        raise BundleError(f"the bundle at {url} cannot be loaded: {_why(error)} Export it again: {_how(url)}") from error
+        raise BundleError(
+            f"the bundle at {url} cannot be loaded: {_why(error)} Export it again: {_how(url)}"
+        ) from error
 
 
 def find(url: str) -> Committed:

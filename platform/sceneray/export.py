@@ -71,8 +71,8 @@ def _prove(url: str) -> None:
     if wrong:
         _withdraw(url)
         raise BundleError(
-            f"the bundle written to {url} answers {wrong} of {mask.size} pixels of the golden image unlike the checkpoint. "
-            "It was withdrawn. Export again; if it repeats, the network is not deterministic."
+            f"the bundle written to {url} answers {wrong} of {mask.size} pixels of the golden image unlike the "
+            "checkpoint. It was withdrawn. Export again; if it repeats, the network is not deterministic."
         )
 
 

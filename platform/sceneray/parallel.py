@@ -11,18 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 from sceneray.models.pspnet import PSPNet
 
 
-def distributed(model: PSPNet, device: torch.device, world_size: int, norm: str) -> nn.Module:
-    """The network as DDP runs it, or itself in a run of one process."""
+def distributed(model: PSPNet, device: torch.device, world_size: int) -> nn.Module:
+    """The network as DDP runs it, or itself in a run of one process.
+
+    DDP's default stays on: every rank starts a step from rank 0's running statistics, the ones that are saved.
+    """
     if world_size == 1:
         return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        # With local statistics every rank starts a step from rank 0's running statistics, the ones that are saved.
-        # Synchronised and frozen ones are equal on all ranks anyway.
-        broadcast_buffers=norm == "local",
-    )
+    devices = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def sum_over_ranks(values: Tensor, world_size: int) -> Tensor:

@@ -170,30 +170,32 @@ def worker(arguments: dict[str, Any]) -> dict[str, Any]:
 def _run(trainer: ray.train.torch.TorchTrainer, board: Any, on_progress: Progress) -> dict[str, Any]:
     """Ray Train in a thread beside this one, which shows progress and turns Ctrl-C into a wish to stop."""
     outcome: dict[str, Any] = {}
+    # An event, not join(): in Python 3.11 a Ctrl-C inside join(timeout) marks a running thread as ended.
+    ended = threading.Event()
 
     def work() -> None:
         try:
             outcome["value"] = trainer.fit().return_value
         except Exception as error:  # noqa: BLE001  handed to the main thread, which raises it
             outcome["error"] = error
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=work, daemon=True, name="ray-train")
-    thread.start()
+    threading.Thread(target=work, daemon=True, name="ray-train").start()
     stopping = False
-    while True:
+    last_look = False
+    while not last_look:
         try:
-            thread.join(POLL_S)
+            last_look = ended.wait(POLL_S)
             rows, failure = ray.get(board.take.remote())
             for row in rows:
                 on_progress(row)
             if failure is not None:
                 raise _error(*failure)
-            if not thread.is_alive():
-                break
         except KeyboardInterrupt:
             if stopping:
                 raise
-            stopping = True
+            stopping, last_look = True, False
             on_progress({"kind": "stopping"})
             board.request_stop.remote()
     if "error" in outcome:
@@ -222,6 +224,7 @@ def _trainer(settings: TrainSettings, use_gpu: bool, board: Any, check_only: boo
                 max_failures=0 if check_only else resources.max_failures,
                 controller_failure_limit=resources.start_attempts,
             ),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(settings.threads)}} if settings.threads else None,
         ),
     )

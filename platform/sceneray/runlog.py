@@ -146,9 +146,10 @@ def worker_log(run: str, attempt: int, rank: int) -> Iterator[Parts]:
     handler = _PartsHandler(parts)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger(LOGGER)
-    level = logger.level
+    level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # the run folder has it; a terminal shows progress, not every worker's log
     try:
         yield parts
     except BaseException:
@@ -157,6 +158,7 @@ def worker_log(run: str, attempt: int, rank: int) -> Iterator[Parts]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+        logger.propagate = propagate
         parts.flush()
 
 

@@ -106,7 +106,7 @@ def create_state(settings: TrainSettings, runtime: Runtime, data: Data) -> Train
         runtime=runtime,
         device=device,
         model=model.train(),
-        forward=parallel.distributed(model, device, runtime.world_size, settings.model.norm),
+        forward=parallel.distributed(model, device, runtime.world_size),
         optimizer=optim.OPTIMIZERS[settings.optimizer.name](groups, settings.optimizer),
         class_weights=None if weights is None else weights.to(device),
         ignore_index=data.store.ignore_index,

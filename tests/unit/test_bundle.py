@@ -65,7 +65,7 @@ def test_the_start_of_the_weights_is_not_told(tmp_path: Path) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     """A folder without a manifest is no bundle: the error says how to write one."""
-    with pytest.raises(BundleError, match="no bundle at .* sceneray export"):
+    with pytest.raises(BundleError, match=r"no bundle at .* sceneray export"):
         bundle.load(str(tmp_path))
 
 
@@ -80,7 +80,7 @@ def test_another_format_version_is_refused_in_one_sentence(url: str) -> None:
 def test_a_checkpoint_is_no_bundle(tmp_path: Path) -> None:
     """Another kind of committed folder is named, with the verb that makes a bundle of it."""
     storage.commit(str(tmp_path), {"x": b"1"}, {"format": "sceneray-checkpoint", "version": 1})
-    with pytest.raises(BundleError, match="holds a sceneray-checkpoint, not a bundle.*sceneray export"):
+    with pytest.raises(BundleError, match=r"holds a sceneray-checkpoint, not a bundle.*sceneray export"):
         bundle.load(str(tmp_path))
 
 
@@ -110,5 +110,5 @@ def test_weights_of_another_network_are_refused(url: str) -> None:
     files = {path.name: path.read_bytes() for path in root.iterdir() if path.name != storage.MANIFEST}
     files[bundle.ABOUT] = json.dumps(about).encode()
     storage.commit(url, files, {"format": bundle.FORMAT, "version": bundle.VERSION})
-    with pytest.raises(BundleError, match="cannot be loaded.*size mismatch"):
+    with pytest.raises(BundleError, match=r"cannot be loaded.*size mismatch"):
         bundle.load(url)

@@ -54,6 +54,7 @@ def verb(monkeypatch):
 
     def install(run):
         module = SimpleNamespace(HELP="a verb of a test", EXAMPLE="sceneray try", add_arguments=lambda _: None, run=run)
+        monkeypatch.setenv(cli.DEBUG_VARIABLE, "")  # --debug sets it; what was there before comes back
         monkeypatch.setitem(VERBS, "try", "jobs.of_this_test")
         monkeypatch.setitem(sys.modules, "jobs.of_this_test", module)
 

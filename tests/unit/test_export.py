@@ -58,7 +58,7 @@ def test_a_standing_bundle_is_not_written_over(trained: str, tmp_path: Path) -> 
     """A second export to the same place is refused and changes nothing; asked to, it replaces the bundle."""
     url = str(tmp_path / "bundle")
     first = export(trained, url, "bright", "1")
-    with pytest.raises(ConflictError, match="stands at .* already.*--overwrite"):
+    with pytest.raises(ConflictError, match=r"stands at .* already.*--overwrite"):
         export(trained, url, "bright", "2")
     assert bundle.load(url).digest == first["digest"]
     assert export(trained, url, "bright", "2", overwrite=True)["version"] == "2"
@@ -74,7 +74,7 @@ def test_a_missing_checkpoint_costs_no_bundle(trained: str, tmp_path: Path) -> N
     assert bundle.load(url).digest == first["digest"]
 
 
-def test_another_kind_of_folder_is_never_replaced(trained: str, tmp_path: Path) -> None:
+def test_another_kind_of_folder_is_never_replaced(trained: str) -> None:
     """Pointed at a checkpoint's own folder, export refuses, even when told to overwrite."""
     folder = checkpoint.resolve(trained)
     with pytest.raises(ConflictError, match="holds a sceneray-checkpoint"):

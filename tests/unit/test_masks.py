@@ -61,7 +61,9 @@ def test_shares_count_every_pixel(mask: Any) -> None:
     assert sum(row["share"] for row in rows) + (mask == 255).mean() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("mask", [np.zeros((2, 2), np.int64), np.zeros((2, 2, 1), np.uint8), np.zeros((0, 2), np.uint8)])
+@pytest.mark.parametrize(
+    "mask", [np.zeros((2, 2), np.int64), np.zeros((2, 2, 1), np.uint8), np.zeros((0, 2), np.uint8)]
+)
 def test_what_is_no_mask_is_refused(mask: Any) -> None:
     """Another dtype, another number of dimensions, or no pixel at all: an error that says what came."""
     with pytest.raises(DataError, match="uint8"):

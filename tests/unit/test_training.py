@@ -71,12 +71,15 @@ def test_a_run_leaves_everything_behind(store: str, tmp_path: Path) -> None:
     checkpoint.build(best)
 
 
-def test_training_learns(store: str, tmp_path: Path) -> None:
-    """The loss of the last steps is well below that of the first."""
+def test_training_learns(tmp_path: Path) -> None:
+    """Four scenes shown unchanged over and over: the loss falls below half of where it began."""
+    town_store(str(tmp_path / "store"), train=4, shards=1)
+    unchanged = "augment={crop: [48, 64], scale: [1, 1], flip: 0, brightness: 0, contrast: 0, saturation: 0}"
+    network = ("model.output_stride=8", "model.head_width=32", "model.pool_width=16", "optimizer.lr=0.005")
     run = str(tmp_path / "run")
-    fit(tiny_settings(store, run, "epochs=20", "eval_every=20", "log.contact_sheet=0"), Runtime())
+    fit(tiny_settings(str(tmp_path / "store"), run, "epochs=12", "eval_every=12", unchanged, *network), Runtime())
     losses = [row["loss"] for row in runlog.read_metrics(run) if row["kind"] == "train"]
-    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("extra", [(), ("accumulate=2",), ("optimizer.name=adamw",)])

@@ -151,7 +151,9 @@ class Store:
             if storage.exists(storage.join(url, PLAN)):
                 text = "was never finished: run the same `sceneray prepare` again, what is done is kept"
             else:
-                text = "holds no dataset store: check the path, or write one with `sceneray prepare LAYOUT [SOURCE] STORE`"
+                text = (
+                    "holds no dataset store: check the path, or write one with `sceneray prepare LAYOUT [SOURCE] STORE`"
+                )
             raise DataError(f"{url} {text}.") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise DataError(f"{url} is no dataset store: its manifest is not of the format '{FORMAT}'. Check the path.")

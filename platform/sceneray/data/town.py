@@ -88,7 +88,7 @@ def _camera(rng: np.random.Generator, street: _Street, rows: int, columns: int) 
     x = rng.uniform(-reach, reach)
     yaw = rng.uniform(-0.28, 0.28) - 0.035 * x
     focal = columns * rng.uniform(0.65, 1.05)
-    pitch = rng.uniform(-0.2, 0.2)
+    pitch = rng.uniform(-0.16, 0.18)
     return Camera(rows, columns, focal, x, rng.uniform(1.35, 3.0), yaw, pitch, rng.normal(0, 0.03))
 
 
@@ -128,19 +128,21 @@ def _ground(
     tar = rng.uniform(62, 158)
     warm, phase = rng.uniform(-9, 9), rng.uniform(0, 6, 2).tolist()
     road: Color = (tar + warm, tar + rng.uniform(-4, 4), tar - warm)
-    stone = mix((rng.uniform(66, 176),) * 3, pick(rng, ((150, 104, 84), (164, 150, 124), (120, 124, 128))), rng.random() * 0.8)
+    stone = mix(
+        (rng.uniform(66, 176),) * 3, pick(rng, ((150, 104, 84), (164, 150, 124), (120, 124, 128))), rng.random() * 0.8
+    )
     white = mix(road, (226, 222, 206), rng.uniform(0.45, 0.95))
     sky = canvas.paint(light.horizon, SKY, 0.0)
-    tarred = canvas.paint(road, ROAD, 0.09)
-    worn = canvas.paint(scale(road, rng.uniform(0.82, 1.14)), ROAD, 0.1)
+    tarred = canvas.paint(road, ROAD, 0.06)
+    worn = canvas.paint(scale(road, rng.uniform(0.82, 1.14)), ROAD, 0.07)
     marked = canvas.paint(white, ROAD, 0.08)
     paved = canvas.paint(stone, PAVEMENT, 0.08)
-    seam = canvas.paint(scale(stone, rng.uniform(0.78, 0.92)), PAVEMENT, 0.08)
-    kerb = canvas.paint(scale(mix(stone, (170, 168, 164), 0.5), rng.uniform(0.85, 1.15)), PAVEMENT, 0.05)
+    seam = canvas.paint(scale(stone, rng.uniform(0.62, 0.8)), PAVEMENT, 0.08)
+    kerb = canvas.paint(scale(mix(stone, (170, 168, 164), 0.5), rng.uniform(1.0, 1.25)), PAVEMENT, 0.05)
     across = np.abs(x)
-    slab = rng.uniform(0.5, 1.2)
-    seams = ((x % slab) < 0.05) | ((z % slab) < 0.06)
-    paint = np.where(seams & (z < 16), seam, paved)
+    slab = rng.uniform(0.6, 1.3)
+    seams = ((x % slab) < 0.07) | ((z % slab) < 0.08)
+    paint = np.where(seams & (z < 24), seam, paved)
     paint = np.where(across < street.road + 0.22, kerb, paint)
     side = (z > street.crossing[0]) & (z < street.crossing[1])
     on_road = (across < street.road) | side
@@ -171,7 +173,16 @@ def _houses(canvas: Canvas, rng: np.random.Generator, light: Light, street: _Str
     typical = rng.uniform(5, 17)
     if rng.random() < 0.7:
         for side in (-1, 1):
-            building(canvas, rng, light, side, side * rng.uniform(-2, 1), street.end, street.end + 12, typical * rng.uniform(0.7, 1.6))
+            building(
+                canvas,
+                rng,
+                light,
+                side,
+                side * rng.uniform(-2, 1),
+                street.end,
+                street.end + 12,
+                typical * rng.uniform(0.7, 1.6),
+            )
     for side in (-1, 1):
         plots, z = [], -8.0
         while z < street.end:
@@ -207,15 +218,19 @@ def _things(canvas: Canvas, rng: np.random.Generator, light: Light, street: _Str
             lane = side * (street.road - 1.1)
             first = 5.5 if abs(camera_x - lane) > 1.8 else 8.0
             things += [(z, 1, lane, heading + rng.normal(0, 0.03)) for z in _row(rng, first, 45, 5.6, 16)]
-        things += [(z, 3, side * kerb, side) for z in _row(rng, 3.6, 24, 4, 13)]
+        things += [(z, 3, side * kerb, side) for z in _row(rng, 3.4, 18, 2.6, 8)]
     for _ in range(int(rng.integers(0, 3))):
         lane = float(rng.choice([-1.0, 1.0]))
-        things.append((rng.uniform(7, 32), 1, lane * street.road * 0.4, (0.0 if lane > 0 else math.pi) + rng.normal(0, 0.05)))
+        things.append(
+            (rng.uniform(7, 32), 1, lane * street.road * 0.4, (0.0 if lane > 0 else math.pi) + rng.normal(0, 0.05))
+        )
     if street.crossing[0] < 30 and rng.random() < 0.6:
         turn = float(rng.choice([-1.0, 1.0])) * math.pi / 2
-        things.append((sum(street.crossing) / 2, 1, rng.uniform(-street.walls, street.walls), turn + rng.normal(0, 0.1)))
-    for _ in range(int(rng.integers(2, 8))):
-        z = 3.4 + 9.5 * rng.random() ** 1.3
+        things.append(
+            (sum(street.crossing) / 2, 1, rng.uniform(-street.walls, street.walls), turn + rng.normal(0, 0.1))
+        )
+    for _ in range(int(rng.integers(4, 10))):
+        z = 3.2 + 7.5 * rng.random() ** 1.2
         if rng.random() < 0.75:
             x = float(rng.choice([-1.0, 1.0])) * rng.uniform(street.road + 0.4, street.walls - 0.3)
         else:
@@ -257,8 +272,8 @@ def _develop(
     fine = rng.standard_normal(index.shape, dtype=np.float32)
     leaves = classes == TREE
     sky = classes == SKY
-    texture = np.where(leaves, 0.55 * grain + 0.35 * fine, 0.7 * grain + 0.6 * fine)
-    ground = ((classes == ROAD) | (classes == PAVEMENT))
+    texture = np.where(leaves, 0.45 * grain + 0.6 * fine, 0.7 * grain + 0.6 * fine)
+    ground = (classes == ROAD) | (classes == PAVEMENT)
     patchy = _noise(rng, index.shape, (6, 14), (0.6, 0.4))
     factor = 1.0 + rough * texture + np.where(sky, 0.0, 0.05) * patchy
     factor *= np.where(ground, shade, 1.0)
@@ -269,7 +284,7 @@ def _develop(
     photo = photo.reshape(rows, SUPERSAMPLING, columns, SUPERSAMPLING, 3).mean(axis=(1, 3))
     contrast, lift = rng.uniform(0.85, 1.12), rng.uniform(-10, 14)
     photo = (photo - 118) * contrast + 118 + lift
-    photo += rng.standard_normal(photo.shape, dtype=np.float32) * rng.uniform(1.5, 6.0)
+    photo += rng.standard_normal(photo.shape, dtype=np.float32) * rng.uniform(1.0, 4.0)
     return np.clip(photo + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -284,7 +299,11 @@ def _sky(rng: np.random.Generator, light: Light, rise: Float, shape: tuple[int, 
 
 
 def _noise(
-    rng: np.random.Generator, shape: tuple[int, ...], cells: tuple[int, ...], weights: tuple[float, ...], stretch: float = 1.0
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    cells: tuple[int, ...],
+    weights: tuple[float, ...],
+    stretch: float = 1.0,
 ) -> Float:
     """Smooth noise [rows, columns] of about unit spread: `cells` across the image's height, one octave each."""
     total = np.zeros(shape, dtype=np.float32)

@@ -36,7 +36,11 @@ class Frame:
 
     def point(self, s: float, r: float, y: float) -> Point:
         """World coordinates of a point of the car."""
-        return (self.x + s * self.forward[0] + r * self.forward[1], y, self.z + s * self.forward[1] - r * self.forward[0])
+        return (
+            self.x + s * self.forward[0] + r * self.forward[1],
+            y,
+            self.z + s * self.forward[1] - r * self.forward[0],
+        )
 
 
 def car(canvas: Canvas, rng: np.random.Generator, light: Light, x: float, z: float, heading: float) -> None:
@@ -88,7 +92,10 @@ def _ends(
         steep = abs(y1 - y0) > abs(s1 - s0)
         name = "glass" if mark else ("end" if steep else "top")
         h0, h1 = _half_at(y0, half), _half_at(y1, half)
-        canvas.polygon([frame.point(s, r, y) for s, r, y in ((s0, -h0, y0), (s0, h0, y0), (s1, h1, y1), (s1, -h1, y1))], paints[name])
+        canvas.polygon(
+            [frame.point(s, r, y) for s, r, y in ((s0, -h0, y0), (s0, h0, y0), (s1, h1, y1), (s1, -h1, y1))],
+            paints[name],
+        )
         if mark:  # a frame of bodywork around the glass
             continue
     s, low, high = profile[0][0] if sees_rear else profile[-1][0], profile[0][1], 0.0
@@ -141,9 +148,19 @@ def _side(
         ]
     for start, top, bottom in panes:
         lead = 0.0 if start > -0.5 else 0.3
-        canvas.polygon([place(start, belt), place(bottom, belt), place(top, roof), place(start + lead, roof)], paints["pane"])
+        canvas.polygon(
+            [place(start, belt), place(bottom, belt), place(top, roof), place(start + lead, roof)], paints["pane"]
+        )
     line = profile[0][1]
-    canvas.polygon([place(profile[0][0], line), place(profile[-1][0], line), place(profile[-1][0], line + 0.16), place(profile[0][0], line + 0.16)], paints["low"])
+    canvas.polygon(
+        [
+            place(profile[0][0], line),
+            place(profile[-1][0], line),
+            place(profile[-1][0], line + 0.16),
+            place(profile[0][0], line + 0.16),
+        ],
+        paints["low"],
+    )
     for s in (profile[0][0] + 0.75, profile[-1][0] - 0.72):
         for radius, name in ((0.38, "dark"), (0.2, "rim")):
             turn = 2 * math.pi / 14

@@ -83,7 +83,7 @@ def building(
     wall = pick(rng, WALLS)
     across = x + side * rng.uniform(8, 14)
     facing = light.left if side < 0 else light.right
-    rough = rng.uniform(0.03, 0.14)
+    rough = rng.uniform(0.01, 0.05)
     front = canvas.paint(scale(wall, facing), BUILDING, rough, depth)
     end = canvas.paint(scale(wall, light.ahead), BUILDING, rough, depth)
     trim = canvas.paint(scale(mix(wall, (225, 220, 210), rng.uniform(-0.5, 0.6)), facing), BUILDING, 0.02, depth)
@@ -190,7 +190,9 @@ class Board:
         points = [(u + wide * r * c, y + tall * r * s) for r, (c, s) in zip(radii, CIRCLE, strict=True)]
         self.polygon(points, paint)
 
-    def stroke(self, start: tuple[float, float], stop: tuple[float, float], wide: float, paint: int, taper: float = 1.0) -> None:
+    def stroke(
+        self, start: tuple[float, float], stop: tuple[float, float], wide: float, paint: int, taper: float = 1.0
+    ) -> None:
         """Fill a bar from `start` to `stop`, `wide` metres at the start and `wide * taper` at the stop."""
         du, dy = stop[0] - start[0], stop[1] - start[1]
         length = math.hypot(du, dy) or 1.0
@@ -225,11 +227,16 @@ def tree(canvas: Canvas, rng: np.random.Generator, light: Light, x: float, z: fl
     """A trunk under a crown of leaves in three tones, or a conifer."""
     board = Board(canvas, x, z)
     conifer = rng.random() < 0.15
-    leaf, bark = pick(rng, NEEDLES if conifer else LEAVES, 10), pick(rng, ((92, 74, 58), (112, 104, 96), (76, 66, 56)), 8)
+    leaf, bark = (
+        pick(rng, NEEDLES if conifer else LEAVES, 10),
+        pick(rng, ((92, 74, 58), (112, 104, 96), (76, 66, 56)), 8),
+    )
     radius, trunk = rng.uniform(1.3, 2.4), rng.uniform(0.28, 0.5)
     base = rng.uniform(2.0, 3.2)
     middle = base + radius * rng.uniform(0.75, 1.1)
-    tones = [canvas.paint(scale(leaf, k), TREE, rough, board.depth) for k, rough in ((0.62, 0.35), (0.86, 0.4), (1.14, 0.4))]
+    tones = [
+        canvas.paint(scale(leaf, k), TREE, rough, board.depth) for k, rough in ((0.55, 0.5), (0.86, 0.5), (1.2, 0.45))
+    ]
     stem = canvas.paint(scale(bark, light.ahead), TREE, 0.15, board.depth)
     board.contact(trunk)
     board.shadow(light, trunk, 0.0, base)
@@ -239,13 +246,17 @@ def tree(canvas: Canvas, rng: np.random.Generator, light: Light, x: float, z: fl
         _conifer(board, rng, radius, base * 0.4, tones)
         return
     toward_sun = -math.copysign(0.35, light.cast[0]) * radius
-    for tone, (count, spread, size, shift) in enumerate(((7, 0.62, 0.62, 0.0), (8, 0.55, 0.44, 0.4), (7, 0.5, 0.26, 1.0))):
+    for tone, (count, spread, size, shift) in enumerate(
+        ((7, 0.62, 0.62, 0.0), (8, 0.55, 0.44, 0.4), (7, 0.5, 0.26, 1.0))
+    ):
         for _ in range(count):
             angle, reach = rng.uniform(0, 2 * math.pi), radius * spread * math.sqrt(rng.random())
             u = reach * math.cos(angle) + toward_sun * shift
             y = middle + reach * math.sin(angle) * 0.85 + radius * 0.22 * shift
             wide = radius * size * rng.uniform(0.75, 1.15)
-            board.blob(u, y, wide, wide * rng.uniform(0.75, 1.0), tones[tone], rng.uniform(0.84, 1.14, len(CIRCLE)).tolist())
+            board.blob(
+                u, y, wide, wide * rng.uniform(0.75, 1.0), tones[tone], rng.uniform(0.84, 1.14, len(CIRCLE)).tolist()
+            )
 
 
 def _conifer(board: Board, rng: np.random.Generator, radius: float, base: float, tones: list[int]) -> None:
@@ -263,13 +274,18 @@ def person(canvas: Canvas, rng: np.random.Generator, light: Light, x: float, z: 
     board = Board(canvas, x, z)
     tall = rng.uniform(1.55, 1.9)
     k, lit = tall / 1.75, light.ahead
-    wide = rng.uniform(0.9, 1.2) * k
+    wide = rng.uniform(1.05, 1.4) * k
+
     def cloth(palette: tuple[Color, ...], factor: float = 1.0) -> int:
         return canvas.paint(scale(pick(rng, palette), lit * factor), PERSON, 0.06, board.depth)
+
     top, bottom, skin = pick(rng, CLOTHES), pick(rng, CLOTHES), cloth(SKIN)
     coat, sleeve = (canvas.paint(scale(top, lit * f), PERSON, 0.08, board.depth) for f in (1.0, 0.8))
     legs = [canvas.paint(scale(bottom, lit * f), PERSON, 0.08, board.depth) for f in (0.75, 0.95)]
-    shoe, hair = cloth(((40, 36, 34), (70, 56, 46))), cloth(((44, 36, 30), (92, 68, 46), (150, 126, 92), (120, 118, 116)))
+    shoe, hair = (
+        cloth(((40, 36, 34), (70, 56, 46))),
+        cloth(((44, 36, 30), (92, 68, 46), (150, 126, 92), (120, 118, 116))),
+    )
     stride, swing = rng.uniform(0.04, 0.34) * k, rng.uniform(-0.22, 0.22) * k
     board.contact(0.35)
     board.shadow(light, 0.45, 0.0, tall)
@@ -282,7 +298,14 @@ def person(canvas: Canvas, rng: np.random.Generator, light: Light, x: float, z: 
     hem = rng.choice([0.82, 0.84, 0.55]) * k
     shoulder, waist = 0.24 * wide, (0.19 if hem > 0.7 else 0.26) * wide
     board.polygon(
-        [(-waist, hem), (waist, hem), (shoulder, neck - 0.06 * k), (0.12 * wide, neck), (-0.12 * wide, neck), (-shoulder, neck - 0.06 * k)],
+        [
+            (-waist, hem),
+            (waist, hem),
+            (shoulder, neck - 0.06 * k),
+            (0.12 * wide, neck),
+            (-0.12 * wide, neck),
+            (-shoulder, neck - 0.06 * k),
+        ],
         coat,
     )
     board.stroke((0.2 * wide, neck - 0.08 * k), (0.27 * wide + swing, 0.86 * k), 0.15 * wide, sleeve, 0.7)
@@ -301,7 +324,7 @@ def pole(canvas: Canvas, rng: np.random.Generator, light: Light, x: float, z: fl
     color = pick(rng, MASTS, 10)
     mast = canvas.paint(scale(color, light.ahead), POLE, 0.06, board.depth)
     dark = canvas.paint(scale(color, light.ahead * 0.6), POLE, 0.04, board.depth)
-    wide = rng.uniform(0.26, 0.42)
+    wide = rng.uniform(0.3, 0.46)
     board.contact(wide * 0.8)
     kind = rng.integers(4)
     tall = (rng.uniform(5.0, 8.0), rng.uniform(3.0, 3.8), rng.uniform(2.5, 3.2), rng.uniform(3.5, 9.0))[kind]
@@ -336,5 +359,6 @@ def _sign(board: Board, canvas: Canvas, rng: np.random.Generator, light: Light, 
         turn = 2 * math.pi / corners
         start = math.pi / 2 if corners == 3 else math.pi / 4
         board.polygon(
-            [(radius * math.cos(start + i * turn), tall + radius * math.sin(start + i * turn)) for i in range(corners)], paint
+            [(radius * math.cos(start + i * turn), tall + radius * math.sin(start + i * turn)) for i in range(corners)],
+            paint,
         )

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
-import struct
-import zlib
 from typing import Any
 
 import numpy as np
@@ -18,25 +15,9 @@ from starlette.requests import Request
 
 from serve.admission import PixelGate, Refused, UploadLimits, check_header, check_key, decode, read_upload
 from serve.batching import Overloaded
+from tests.unit.serve.uploads import encoded, png_header
 
 LIMITS = UploadLimits(max_bytes=5000, max_pixels=10_000, max_side=400)
-
-
-def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
-    """`image` as a file."""
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG whose header claims a size and whose pixels are missing: a few bytes that ask for gigabytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
 def request(chunks: list[bytes], **headers: str) -> tuple[Request, list[bytes]]:
@@ -49,6 +30,16 @@ def request(chunks: list[bytes], **headers: str) -> tuple[Request, list[bytes]]:
 
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     return Request({"type": "http", "method": "POST", "headers": raw}, receive), waiting
+
+
+def refusal_of(data: bytes) -> int | None:
+    """The status with which header or decoder refuse `data`; None where they take it."""
+    try:
+        check_header(data, LIMITS)
+        decode(data)
+    except Refused as refused:
+        return refused.status
+    return None
 
 
 def test_a_raw_body_is_the_image() -> None:
@@ -86,7 +77,7 @@ def test_bytes_are_counted_whatever_the_headers_claim(sizes: list[int]) -> None:
 def test_another_content_type_is_refused_with_the_fix(kind: str) -> None:
     """What is declared to be no image is a 415 that shows how to send one."""
     upload, _ = request([b"x"], content_type=kind)
-    with pytest.raises(Refused, match="-F image=@photo.jpg") as refused:
+    with pytest.raises(Refused, match=r"-F image=@photo\.jpg") as refused:
         asyncio.run(read_upload(upload, LIMITS))
     assert refused.value.status == 415
 
@@ -134,11 +125,7 @@ def test_a_phones_jpeg_with_previews_is_a_photograph() -> None:
 @given(data=st.binary(max_size=200), start=st.sampled_from([b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"RIFF"]))
 def test_any_bytes_are_answered_with_a_refusal(data: bytes, start: bytes) -> None:
     """Whatever the bytes, header and decoder either accept them or refuse with a 4xx; nothing else is raised."""
-    try:
-        check_header(start + data, LIMITS)
-        decode(start + data)
-    except Refused as refused:
-        assert refused.status in (413, 415, 422)
+    assert refusal_of(start + data) in (None, 413, 415, 422)
 
 
 @given(cut=st.integers(1, 600))
@@ -146,10 +133,8 @@ def test_a_truncated_photograph_is_refused(cut: int) -> None:
     """A JPEG that breaks off anywhere is refused at its header or in its pixels, never answered with grey."""
     rng = np.random.default_rng(0)
     data = encoded(Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)), "JPEG")
-    with pytest.raises(Refused) as refused:
-        check_header(data[:cut], LIMITS)
-        decode(data[:cut])
-    assert refused.value.status in (415, 422)
+    assert len(data) > 600
+    assert refusal_of(data[:cut]) in (415, 422)
 
 
 # (Pillow mode, format) of pictures that are no plain RGB.
@@ -165,7 +150,8 @@ def test_every_kind_of_photograph_decodes_to_rgb(mode: str, form: str) -> None:
     if mode == "I;16":
         picture = Image.fromarray(np.full((20, 30), 200 * 257, np.uint16))
     else:
-        picture = Image.new("RGB", (30, 20), (200, 200, 200)).convert(mode)
+        picture = Image.new("RGB", (30, 20), (200, 200, 200))
+        picture = picture.quantize(4) if mode == "P" else picture.convert(mode)
     data = encoded(picture, form)
     assert check_header(data, LIMITS) == (20, 30)
     image = decode(data)

@@ -31,13 +31,15 @@ class JumpingSelector(selectors.DefaultSelector):
 
 def run(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """Run `work` on an event loop of jumping time."""
-    selector = JumpingSelector()
-    loop = asyncio.SelectorEventLoop(selector)
-    loop.time = lambda: selector.now  # type: ignore[method-assign]
-    try:
-        return loop.run_until_complete(work())
-    finally:
-        loop.close()
+
+    def loop() -> asyncio.AbstractEventLoop:
+        selector = JumpingSelector()
+        made = asyncio.SelectorEventLoop(selector)
+        made.time = lambda: selector.now  # type: ignore[method-assign]
+        return made
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        return runner.run(work())
 
 
 @dataclass(frozen=True)

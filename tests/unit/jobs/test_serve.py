@@ -1,0 +1,122 @@
+"""`sceneray serve` refuses before anything starts: a port in use, no key on an open door, a bundle it cannot read."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.cli import main_of
+from jobs.serve import serving
+from sceneray import storage
+from sceneray.errors import BundleError, ConfigError, ServingError
+from serve.settings import ServeArgs
+from tests.bundles import write_bundle
+from tests.support import ROOT
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A good bundle."""
+    return write_bundle(str(tmp_path_factory.mktemp("bundle")))
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is refused here must be refused before Ray is started."""
+
+    def started(*args: object, **options: object) -> None:
+        raise AssertionError(f"Ray was started: {args} {options}")
+
+    monkeypatch.setattr("jobs.serve.ray_session", started)
+    monkeypatch.delenv("SCENERAY_API_KEY", raising=False)
+
+
+def test_a_port_in_use(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One clear sentence with the fix, exit code not 0, and the one who listens there is not disturbed."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert main_of("serve", [bundle, "--port", str(port)]) == 1
+        with socket.create_connection(("127.0.0.1", port)):
+            pass
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"port {port}" in said
+    assert "--port" in said
+
+
+@pytest.mark.parametrize("port", ["-1", "70000"])
+def test_a_port_that_is_none(bundle: str, port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A number that is no port is refused in a sentence too."""
+    assert main_of("serve", [bundle, f"--port={port}"]) == 1
+    assert "cannot listen" in capsys.readouterr().err
+
+
+def test_beyond_this_machine_a_key_is_needed(bundle: str) -> None:
+    """Listening on all addresses without a key is refused; the sentence names the variable."""
+    with pytest.raises(ServingError, match="SCENERAY_API_KEY"), serving(bundle, host="0.0.0.0"):
+        pass
+
+
+def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
+    """No bundle: the sentence says how to write one."""
+    with pytest.raises(BundleError, match="sceneray export"), serving(str(tmp_path)):
+        pass
+
+
+def test_a_bundle_of_another_format(tmp_path: Path) -> None:
+    """A bundle of a later format version is refused before Ray starts."""
+    url = write_bundle(str(tmp_path))
+    storage.write_json(f"{url}/manifest.json", storage.read_json(f"{url}/manifest.json") | {"version": 2})
+    with pytest.raises(BundleError, match="format version 2"), serving(url):
+        pass
+
+
+def test_a_damaged_bundle(tmp_path: Path) -> None:
+    """A truncated file is found before Ray starts."""
+    url = write_bundle(str(tmp_path))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(BundleError, match="damaged"), serving(url):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_batch_sizes": 4}, "did you mean 'max_batch_size'"),
+        ({"max_batch_size": 0}, "max_batch_size"),
+        ({"max_queued_pixels": 100}, "at least max_pixels"),
+        ({"replicas": 3, "max_replicas": 2}, "at least replicas"),
+        ({"api_keys": "not-a-digest"}, "sha256"),
+    ],
+)
+def test_a_wrong_option(bundle: str, options: dict[str, object], said: str) -> None:
+    """An unknown or impossible option is named, the nearest known one with it."""
+    with pytest.raises(ConfigError, match=said), serving(bundle, **options):
+        pass
+
+
+def test_the_builder_is_typed() -> None:
+    """Serve checks arguments only where the annotation is the class itself, not its name."""
+    code = "import inspect, serve.app as a; p = inspect.signature(a.build).parameters; print(p['args'].annotation)"
+    env = {"PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}", "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(ServeArgs)
+
+
+def test_the_shipped_config_fits_the_builder() -> None:
+    """serve/config.yaml names the builder, and its arguments are valid."""
+    config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+    (application,) = config["applications"]
+    assert application["import_path"] == "serve.app:build"
+    args = ServeArgs.model_validate(application["args"])
+    assert args.max_replicas is not None
+    assert config["http_options"]["host"] == "127.0.0.1"
+    assert set(json.loads(args.model_dump_json())) == set(inspect.signature(ServeArgs).parameters)
