@@ -43,7 +43,9 @@ SUBMITTABLE: dict[str, tuple[str, ...]] = {
 }
 SETTINGS = {"train": "sceneray.config:TrainSettings", "tune": "tune.settings:TuneSettings"}
 FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
-STOP_WAIT_S = 60  # what a stopped job gets to save its state; Ray's default of 3 is too short
+# How a job is stopped. Ray's own SIGTERM handler ends a driver at once, and its 3 s are too short to save anything.
+STOP_WAIT_S = 60
+STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
 PATIENCE_S = 60.0  # how long a broken connection is tried again
 POLL_S = 0.5
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -70,7 +72,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     command, files = compose(args.verb, words, lambda what, url: on_cluster(what, url, address))
     client = connect(address)
     environment = forwarded()
-    say(f"submitting to {address}; variables passed on: {', '.join(sorted(environment))}")
+    told = ", ".join(sorted(environment.keys() - STOPPING.keys())) or "none"
+    say(f"submitting to {address}; variables passed on: {told}")
     with tempfile.TemporaryDirectory(prefix="sceneray-job-") as folder:
         # Always a folder of its own: `python -m` would otherwise import from wherever Ray was started.
         for name, text in {"command.txt": shlex.join(command) + "\n", **files}.items():
@@ -131,7 +134,7 @@ def forwarded() -> dict[str, str]:
     code = code_version()
     if code["commit"]:
         found[COMMIT_VARIABLE] = code["commit"] + (" dirty" if code["dirty"] else "")
-    return found | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    return found | STOPPING
 
 
 def runtime_env(folder: str, environment: dict[str, str]) -> dict[str, Any]:
@@ -265,8 +268,8 @@ class Log:
                 lost_at = lost_at or time.monotonic()
                 if time.monotonic() - lost_at > PATIENCE_S:
                     raise ScenerayError(
-                        f"the connection to {self.address} is lost: {error}. Job {self.job} goes on there; see it with: "
-                        f"ray job logs --follow {self.job} --address {self.address}"
+                        f"the connection to {self.address} is lost: {error}. Job {self.job} goes on there; see it "
+                        f"with: ray job logs --follow {self.job} --address {self.address}"
                     ) from error
             await asyncio.sleep(POLL_S)
 

@@ -94,6 +94,8 @@ def write(
     answer = golden_answer(model, golden)
     document = {
         **about,
+        "format": FORMAT,
+        "format_version": VERSION,
         "classes": classes_to_json(classes),
         "ignore_index": ignore_index,
         "input": _input_rule(settings),

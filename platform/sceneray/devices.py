@@ -20,8 +20,8 @@ def pick_device(gpu: bool | None = None, index: int = 0) -> torch.device:
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The dtype for mixed precision, or None for plain float32.
 
-    `auto` takes bfloat16 where matrix units compute in it: CUDA devices that report it, CPUs with AMX tiles. A CPU
-    that has only AVX-512 BF16, or neither, loses time to the conversions.
+    `auto` takes bfloat16 where the hardware multiplies in it: CUDA devices that report it, CPUs with AMX or AVX-512
+    BF16 instructions. Others lose time to the conversions.
     """
     if precision == "fp32":
         return None
@@ -29,7 +29,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         return torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    return torch.bfloat16 if _cpu_flags() & {"amx_bf16", "amx_tile"} == {"amx_bf16", "amx_tile"} else None
+    return torch.bfloat16 if _cpu_flags() & {"amx_bf16", "avx512_bf16"} else None
 
 
 def autocast(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -37,9 +37,9 @@ def code_version() -> dict[str, Any]:
     if told:
         commit, _, state = told.partition(" ")
         return {"commit": commit, "dirty": state == "dirty"}
-    commit = _git("rev-parse", "HEAD")
-    status = _git("status", "--porcelain") if commit else None
-    return {"commit": commit, "dirty": None if status is None else bool(status)}
+    head = _git("rev-parse", "HEAD")
+    status = _git("status", "--porcelain") if head else None
+    return {"commit": head, "dirty": None if status is None else bool(status)}
 
 
 def versions() -> dict[str, str]:

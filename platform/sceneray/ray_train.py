@@ -19,6 +19,7 @@ import ray.train
 import ray.train.torch
 
 from sceneray import config, errors, storage
+from sceneray.board import Board
 from sceneray.config import TrainSettings
 from sceneray.data.store import Store
 from sceneray.errors import ConfigError, Interrupted, ScenerayError, TrainingError
@@ -28,40 +29,6 @@ POLL_S = 0.5
 log = logging.getLogger("sceneray.ray_train")
 
 Progress = Callable[[dict[str, Any]], None]
-
-
-class Board:
-    """What workers and driver tell each other, as an actor: progress one way, a wish to stop the other."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.stop = False
-        self.failure: tuple[str, str] | None = None
-
-    def add(self, row: dict[str, Any]) -> None:
-        """A worker's progress."""
-        self.rows.append(row)
-
-    def take(self) -> tuple[list[dict[str, Any]], tuple[str, str] | None]:
-        """Progress since the last call, and the failure that ended a worker for good."""
-        rows, self.rows = self.rows, []
-        return rows, self.failure
-
-    def request_stop(self) -> None:
-        """Ask the workers to save and leave."""
-        self.stop = True
-
-    def stop_requested(self) -> bool:
-        """True once somebody asked."""
-        return self.stop
-
-    def fail(self, kind: str, message: str) -> None:
-        """A worker met an error that starting again would only repeat."""
-        self.failure = self.failure or (kind, message)
-
-    def failed(self) -> bool:
-        """True once a worker failed for good."""
-        return self.failure is not None
 
 
 def prepare_run(settings: TrainSettings) -> TrainSettings:

@@ -188,7 +188,8 @@ def check_finite(state: TrainState, data: Data, steps: range, totals: Tensor) ->
         names = batch_names(state, data, step)
         raise TrainingError(
             f"the loss is {float(totals[bad[0], 0])} at step {step + 1}, samples {', '.join(names)}. The last "
-            "committed checkpoint is untouched. Lower optimizer.lr, add schedule.warmup_steps, or look at those samples."
+            "committed checkpoint is untouched. Lower optimizer.lr, add schedule.warmup_steps, or look at those "
+            "samples."
         )
 
 

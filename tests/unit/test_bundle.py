@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 from sceneray import bundle, storage
 from sceneray.data import town
 from sceneray.errors import BundleError
-from tests.bundles import CLASSES, SETTINGS, brightness_model, write_bundle
+from sceneray.predictor import Predictor
+from tests.bundles import CLASSES, SETTINGS, agree, brightness_model, half_bright, write_bundle
+from tests.support import ROOT
 
 
 @pytest.fixture
@@ -61,6 +64,23 @@ def test_the_start_of_the_weights_is_not_told(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"weights": "/home/somebody/secret.pth"})
     bundle.write(str(tmp_path), brightness_model(), settings, CLASSES, 255, {"name": "n", "version": "1"})
     assert "secret" not in (tmp_path / "bundle.json").read_text()
+
+
+def test_a_bundle_lives_at_any_url() -> None:
+    """Written to and read from a file system that is not the disk."""
+    url = write_bundle("memory://bundles/bright")
+    assert bundle.load(url).digest == bundle.verify(url).digest
+
+
+def test_a_bundle_of_version_1_is_read_for_ever(tmp_path: Path) -> None:
+    """The first format's bundle, kept as it was written, loads and answers its golden image and the known picture."""
+    with zipfile.ZipFile(ROOT / "tests" / "formats" / "bundle-v1.zip") as kept:
+        kept.extractall(tmp_path)
+    predictor = Predictor.load(str(tmp_path), "cpu")
+    assert predictor.self_check() > 0.99
+    assert predictor.classes == CLASSES
+    image, mask = half_bright()
+    assert agree(predictor.predict([image])[0], mask)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

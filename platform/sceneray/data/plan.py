@@ -160,10 +160,7 @@ def clear(store: str) -> None:
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """What differs between two plans, a short phrase each."""
-    said = []
-    for key in ("layout", "source"):
-        if before.get(key) != after[key]:
-            said.append(f"{key}: {before.get(key)} → {after[key]}")
+    said = [f"{key}: {before.get(key)} → {after[key]}" for key in ("layout", "source") if before.get(key) != after[key]]
     old, new = before.get("settings", {}), after["settings"]
     said += [
         f"{key}: {old.get(key)} → {new.get(key)}"

@@ -87,8 +87,8 @@ def _camera(rng: np.random.Generator, street: _Street, rows: int, columns: int) 
     reach = street.walls - 1.2
     x = rng.uniform(-reach, reach)
     yaw = rng.uniform(-0.28, 0.28) - 0.035 * x
-    focal = columns * rng.uniform(0.65, 1.05)
-    pitch = rng.uniform(-0.16, 0.18)
+    focal = columns * rng.uniform(0.78, 1.15)
+    pitch = rng.uniform(-0.14, 0.16)
     return Camera(rows, columns, focal, x, rng.uniform(1.35, 3.0), yaw, pitch, rng.normal(0, 0.03))
 
 
@@ -218,7 +218,7 @@ def _things(canvas: Canvas, rng: np.random.Generator, light: Light, street: _Str
             lane = side * (street.road - 1.1)
             first = 5.5 if abs(camera_x - lane) > 1.8 else 8.0
             things += [(z, 1, lane, heading + rng.normal(0, 0.03)) for z in _row(rng, first, 45, 5.6, 16)]
-        things += [(z, 3, side * kerb, side) for z in _row(rng, 3.4, 18, 2.6, 8)]
+        things += [(z, 3, side * kerb, side) for z in _row(rng, 3.4, 18, 3, 9)]
     for _ in range(int(rng.integers(0, 3))):
         lane = float(rng.choice([-1.0, 1.0]))
         things.append(
@@ -229,7 +229,7 @@ def _things(canvas: Canvas, rng: np.random.Generator, light: Light, street: _Str
         things.append(
             (sum(street.crossing) / 2, 1, rng.uniform(-street.walls, street.walls), turn + rng.normal(0, 0.1))
         )
-    for _ in range(int(rng.integers(4, 10))):
+    for _ in range(int(rng.integers(3, 8))):
         z = 3.2 + 7.5 * rng.random() ** 1.2
         if rng.random() < 0.75:
             x = float(rng.choice([-1.0, 1.0])) * rng.uniform(street.road + 0.4, street.walls - 0.3)

@@ -43,7 +43,8 @@ def folder(source: str | None, options: LayoutOptions) -> Listing:
     if "" in by_split:
         if len(by_split) > 1:
             raise DataError(
-                f"{source}/images holds photographs both beside and inside split folders: {', '.join(by_split['']).strip()[:80]}. Move all of them into split folders, or none."
+                f"{source}/images holds {len(by_split[''])} photographs beside its split folders: "
+                f"{', '.join(by_split[''][:3])}. Move them into split folders, or all photographs out of them."
             )
         by_split, settings = _drawn_splits(by_split[""], options)
     splits = {split: [_item(name, split, photos, labels) for name in names] for split, names in by_split.items()}
@@ -74,8 +75,8 @@ def read_classes(url: str) -> tuple[tuple[ClassInfo, ...], int]:
     return classes, ignore_index
 
 
-def split_of(name: str, val: float, seed: int, pattern: str | None = None) -> float:
-    """Where a name stands in [0, 1): below `val` it belongs to "val". Depends on (its group, seed) alone."""
+def place_of(name: str, seed: int, pattern: str | None = None) -> float:
+    """Where a name stands in [0, 1): below --val it belongs to "val". Depends on (its group, seed) alone."""
     group = name
     if pattern is not None:
         match = re.search(pattern, name)
@@ -96,7 +97,7 @@ def _drawn_splits(names: Sequence[str], options: LayoutOptions) -> tuple[dict[st
             re.compile(options.group)
         except re.error as error:
             raise DataError(f"--group '{options.group}' is no regular expression: {error}.") from error
-    places = {name: split_of(name, val, options.seed, options.group) for name in names}
+    places = {name: place_of(name, options.seed, options.group) for name in names}
     splits: dict[str, list[str]] = {"train": [], "val": []}
     for name, place in places.items():
         splits["val" if place < val else "train"].append(name)
@@ -122,21 +123,24 @@ def _files(source: str, kind: str, suffixes: tuple[str, ...]) -> Files:
         found[stem] = (storage.join(url, path), size)
     if not found:
         raise DataError(
-            f"{url}: no files ({', '.join(suffixes)}) there. The layout is images/SPLIT/NAME.jpg, labels/SPLIT/NAME.png."
+            f"{url}: no files ({', '.join(suffixes)}) there. The layout is images/SPLIT/NAME.jpg and "
+            "labels/SPLIT/NAME.png."
         )
     return found
 
 
 def _check_pairs(source: str, photos: Files, labels: Files) -> None:
-    for kind, missing, other in (
+    checks = (
         ("label", photos.keys() - labels.keys(), "labels"),
         ("photograph", labels.keys() - photos.keys(), "images"),
-    ):
+    )
+    for kind, missing, other in checks:
         if missing:
             few = ", ".join(sorted(missing)[:3])
             raise DataError(
-                f"{source}: {len(missing)} of {len(photos | labels)} names have no {kind} in {other}/, the first: {few}. "
-                "A photograph and its label share their path but for the suffix; add what is missing, or remove the rest."
+                f"{source}: {len(missing)} of {len(photos | labels)} names have no {kind} in {other}/, the first: "
+                f"{few}. A photograph and its label share their path but for the suffix: add what is missing, or "
+                "remove the rest."
             )
 
 
