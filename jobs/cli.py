@@ -39,7 +39,7 @@ DEBUG_VARIABLE = "SCENERAY_DEBUG"  # set by --debug, so that what a verb starts 
 def main_of(verb: str, argv: Sequence[str] | None = None) -> int:
     """Parse `argv` for one verb, run it, and return the exit code (0: it did what it was asked)."""
     module = importlib.import_module(VERBS[verb])
-    args = parser_of(verb).parse_args(argv)
+    args = arguments_of(verb, argv)
     if args.debug:
         os.environ[DEBUG_VARIABLE] = "1"
     # SIGTERM (a scheduler, `kill`) stops a verb as cleanly as Ctrl-C does.
@@ -59,6 +59,15 @@ def main_of(verb: str, argv: Sequence[str] | None = None) -> int:
         text = f"unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)"
         return _fail(args.debug, text, 1)
     return 0
+
+
+def arguments_of(verb: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parsed arguments of one verb; options may stand anywhere, also between a settings file and its key=value."""
+    parser = parser_of(verb)
+    try:
+        return parser.parse_intermixed_args(argv)
+    except TypeError:  # `submit` hands on all that follows the submitted verb: the order counts there
+        return parser.parse_args(argv)
 
 
 def parser_of(verb: str) -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ EXAMPLE = "sceneray demo"
 
 MARKER = ".sceneray-demo"
 HELD_OUT_SCENE = 7
-PHOTO_SIZE = (192, 256)  # height, width of the scene that the endpoint is asked about
+PHOTO_SIZE = (144, 192)  # height, width of the scene that the endpoint is asked about
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +60,7 @@ def _line(folder: Path, overrides: list[str]) -> dict[str, Any]:
     _step(4, "export: a bundle that can be deployed")
     export(f"{run_folder}/best", bundle, "town", "1")
     _step(5, "serve: ask the endpoint about a scene that is in no split")
-    with serving(bundle, port=0) as url:
+    with serving(bundle, port=0, api_keys=()) as url:
         answer = _ask(url, folder)
     return {
         "miou": scores["miou"],

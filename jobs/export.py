@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from jobs.cli import main_of, say
@@ -27,7 +28,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from sceneray import storage
     from sceneray.export import export
 
-    name = args.name or storage.basename(storage.absolute(args.bundle))
+    folder = storage.basename(storage.absolute(args.bundle))
+    name = args.name or re.sub(r"[^A-Za-z0-9._+-]+", "-", folder)[:64]
     result = export(args.checkpoint, args.bundle, name, args.model_version, args.overwrite)
     say(f"the written bundle answers all {result['golden_pixels']} pixels of its golden image as the checkpoint does")
     print(f"bundle {result['bundle']}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,12 +32,16 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
         yield
         return
     options, server = _private_options(cpus) if address is None else ({"address": address}, None)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         # Progress and errors come back as values; Ray's own lines and its workers' are for who debugs.
         ray.init(**options, log_to_driver=bool(os.environ.get(DEBUG_VARIABLE)), logging_level="warning")
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = address or "a private local Ray"
         raise ScenerayError(f"cannot reach {where}: {error}. Check --address, RAY_AUTH_MODE and the token.") from error
+    if threading.current_thread() is threading.main_thread():
+        # ray.init puts a handler of its own there, which prints a stack trace and ends the process half-way.
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:

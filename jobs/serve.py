@@ -10,9 +10,7 @@ import ipaddress
 import logging
 import math
 import os
-import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -78,16 +76,15 @@ def serving(
     """
     from sceneray.devices import cpu_threads, usable_cores
 
-    options |= _keys(host, without_key)
+    if "api_keys" not in options:
+        options |= _keys(host, without_key)
     port = _claim(host, port)
+    args = _serve_args(bundle, options)
     if address is None and not os.environ.get("RAY_ADDRESS"):
         # A private Ray: the machine is ours, and Ray would give each replica one thread.
-        options.setdefault("threads", cpu_threads(None, int(options.get("replicas", 1))))
-    args = _serve_args(bundle, options)
+        args = args.model_copy(update={"threads": cpu_threads(args.threads, args.replicas)})
     needed = math.ceil((args.max_replicas or args.replicas) * args.cpus + args.ingress_replicas)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as stack, ray_session(address, cpus=max(needed, usable_cores())):
-        _take_back_sigterm(on_sigterm)
         _refuse_running()
         try:
             _start(args, host, port)
@@ -107,12 +104,6 @@ def _serve_args(bundle: str, options: dict[str, Any]) -> ServeArgs:
     args = validate(ServeArgs, {"bundle": bundle, **options}, "the command line")
     bundles.verify(args.bundle)
     return args
-
-
-def _take_back_sigterm(handler: Any) -> None:
-    """Ray's own handler prints a stack trace and aborts the process 3 s later: too soon for Serve to end in order."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
 
 
 def _refuse_running() -> None:

@@ -33,13 +33,13 @@ saved stays; a second Ctrl-C leaves at once); --no-wait returns when the job is 
 nothing."""
 
 PACKAGES = ("sceneray", "jobs", "tune", "serve")
-# Verbs that may be submitted, with those of their arguments that name files or folders.
-SUBMITTABLE: dict[str, tuple[str, ...]] = {
-    "prepare": ("source", "store"),
-    "train": (),
-    "tune": (),
-    "evaluate": ("checkpoint", "data"),
-    "export": ("checkpoint", "bundle"),
+# Verbs that may be submitted, with those of their arguments that name files or folders, and what a user calls them.
+SUBMITTABLE: dict[str, dict[str, str]] = {
+    "prepare": {"urls": "SOURCE or STORE"},
+    "train": {},
+    "tune": {},
+    "evaluate": {"checkpoint": "CHECKPOINT", "data": "--data"},
+    "export": {"checkpoint": "CHECKPOINT", "bundle": "BUNDLE"},
 }
 SETTINGS = {"train": "sceneray.config:TrainSettings", "tune": "tune.settings:TuneSettings"}
 FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run the verb; returns the job's id, status and address."""
-    words = _take_own_arguments(args)
+    words = take_own_arguments(args)
     address = _checked_address(args.address)
     command, files = compose(args.verb, words, lambda what, url: on_cluster(what, url, address))
     client = connect(address)
@@ -100,9 +100,10 @@ def compose(verb: str, words: list[str], place: Callable[[str, str], str]) -> tu
     parser = argparse.ArgumentParser(prog=f"sceneray {verb}", allow_abbrev=False)
     module.add_arguments(parser)
     marked: list[str] = [Word(part) for word in words for part in _split_option(word)]
-    args = parser.parse_args(marked)
+    args = parser.parse_intermixed_args(marked)
     if verb not in SETTINGS:
-        new = {id(url): place(name, url) for name in SUBMITTABLE[verb] for url in _listed(getattr(args, name))}
+        files = [(label, url) for name, label in SUBMITTABLE[verb].items() for url in _listed(getattr(args, name))]
+        new = {id(url): place(label, url) for label, url in files}
         return [verb, *(new.get(id(word), str(word)) for word in marked)], {}
     dropped = {id(word) for word in args.overrides}
     kept = ["settings.yaml" if word is args.config else str(word) for word in marked if id(word) not in dropped]
@@ -155,7 +156,7 @@ def _own_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-wait", dest="wait", action="store_false", help="return when the job is accepted")
 
 
-def _take_own_arguments(args: argparse.Namespace) -> list[str]:
+def take_own_arguments(args: argparse.Namespace) -> list[str]:
     """Take submit's own options out of the words after the verb, wherever they stand; returns the verb's words."""
     parser = argparse.ArgumentParser(prog="sceneray submit", add_help=False, allow_abbrev=False)
     _own_arguments(parser)

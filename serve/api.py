@@ -120,11 +120,13 @@ def create_app(backend: Backend, settings: ApiSettings) -> FastAPI:
     _add_docs(app)
     _add_health(app, backend)
 
-    async def answer(data: bytes) -> tuple[Photo, Segmented]:
-        height, width = check_header(data, settings.uploads)
+    async def answer(data: bytes, render: Callable[[Answered], bytes], media_type: str) -> Response:
+        height, width = await asyncio.to_thread(check_header, data, settings.uploads)
         with gate.admit(height * width):
             image = await asyncio.to_thread(decode, data)
-            return image, await backend.segment(image)
+            segmented = await backend.segment(image)
+            body = await asyncio.to_thread(render, Answered(image, segmented.mask, segmented.model))
+        return Response(body, media_type=media_type, headers=_headers(segmented))
 
     @app.post(
         "/v1/segment",
@@ -149,10 +151,9 @@ def create_app(backend: Backend, settings: ApiSettings) -> FastAPI:
         which people see the image: EXIF orientation is applied.
         """
         media_type = choose(accept, view)
-        image, segmented = await answer(await read_upload(request, settings.uploads))
-        answered = Answered(image, segmented.mask, segmented.model)
-        body = await asyncio.to_thread(ANSWERS[media_type], answered)
-        return Response(body, media_type=media_type, headers=_headers(segmented) | {"Vary": "Accept"})
+        response = await answer(await read_upload(request, settings.uploads), ANSWERS[media_type], media_type)
+        response.headers["Vary"] = "Accept"
+        return response
 
     @app.post(
         "/predict",
@@ -164,9 +165,7 @@ def create_app(backend: Backend, settings: ApiSettings) -> FastAPI:
     )
     async def predict(request: Request) -> Response:
         """Every pixel's class id, row by row, and the classes' names. Large: `/v1/segment` is the better choice."""
-        _, segmented = await answer(await read_form_upload(request, settings.uploads))
-        body = await asyncio.to_thread(_prediction, segmented)
-        return Response(body, media_type="application/json", headers=_headers(segmented))
+        return await answer(await read_form_upload(request, settings.uploads), _prediction, "application/json")
 
     @app.get("/v1/model", summary="The bundle that is served", dependencies=guarded, response_model=ModelBody)
     async def model() -> dict[str, Any]:
@@ -177,9 +176,9 @@ def create_app(backend: Backend, settings: ApiSettings) -> FastAPI:
     return app
 
 
-def _prediction(segmented: Segmented) -> bytes:
-    names = [entry.name for entry in segmented.model.classes]
-    return json.dumps({"prediction": segmented.mask.tolist(), "classes": names}, separators=(",", ":")).encode()
+def _prediction(answered: Answered) -> bytes:
+    names = [entry.name for entry in answered.model.classes]
+    return json.dumps({"prediction": answered.mask.tolist(), "classes": names}, separators=(",", ":")).encode()
 
 
 def _headers(segmented: Segmented) -> dict[str, str]:

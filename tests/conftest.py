@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.support import S3, SKIPS, read_skips, seaweed, unexpected_skips
+from tests.support import ROOT, S3, SKIPS, read_skips, seaweed, unexpected_skips
 
 TIERS = ("unit", "ray", "e2e", "cloud")
 
@@ -69,6 +69,8 @@ def _plain_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         # A bucket that is not the test's own must fail at once, not after asking a cloud's metadata service.
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Child processes and Ray's workers run this tree's code, whatever is installed.
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "platform"), str(ROOT)]))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

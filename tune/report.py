@@ -25,6 +25,7 @@ RUNNING = "running"
 FINISHED = "finished"
 STOPPED = "stopped early"
 OUT_OF_TIME = "out of time"
+INTERRUPTED = "interrupted"
 FAILED = "failed"
 # A trial in one of these states is not run again when the sweep goes on.
 KEPT = (FINISHED, STOPPED)

@@ -51,13 +51,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         Store.open(store)
     records = open_sweep(settings, trials)
     waiting = [trial for trial in trials if records[trial.id].state not in report.KEPT]
+    interrupted = False
     if waiting:
         kept = len(trials) - len(waiting)
         say(f"{len(waiting)} trials to run" + (f", {kept} kept from before" if kept else ""))
         with ray_session(args.address, cpus=max(math.ceil(settings.cpus_per_trial), usable_cores())):
             _check_placement(settings)
-            _run_trials(settings, waiting, records)
-    return finish(settings, list(records.values()))
+            interrupted = not _run_trials(settings, waiting, records)
+    return finish(settings, list(records.values()), interrupted)
 
 
 def open_sweep(settings: TuneSettings, trials: Iterable[Trial]) -> dict[str, Record]:
@@ -122,7 +123,7 @@ class Follower:
             say(f"trial {trial}: epoch {report.short(row['epoch'])}, {metric} {row[metric]:.4f}")
 
     def end(self, trial: str, failure: str | None) -> None:
-        """A trial ended: by itself, by the scheduler, by the clock, or with a failure."""
+        """A trial ended: by itself, by the scheduler, or with a failure."""
         from sceneray.training import RESULT
 
         record = self.records[trial]
@@ -130,14 +131,26 @@ class Follower:
             record.state = report.FAILED
         elif storage.is_file(storage.join(run_of(self.settings.sweep, trial), RESULT)):
             record.state = report.FINISHED
-        elif self.out_of_time:
-            record.state = report.WAITING if record.state == report.WAITING else report.OUT_OF_TIME
         else:
             record.state = report.STOPPED
         record.reason = failure
-        record.history = report.val_history(run_of(self.settings.sweep, trial))
+        self._write(record)
+
+    def close(self) -> bool:
+        """Tune has returned: what still runs was cut off by the clock (True) or by Ctrl-C (False)."""
+        cut = [record for record in self.records.values() if record.state == report.RUNNING]
+        for record in cut:
+            record.state = report.OUT_OF_TIME if self.out_of_time else report.INTERRUPTED
+            self._write(record)
+        waiting = any(record.state == report.WAITING for record in self.records.values())
+        if self.out_of_time and (cut or waiting):
+            say(f"the time budget of {self.settings.time_budget_s:g} s is used up; the same command goes on")
+        return self.out_of_time or not (cut or waiting)
+
+    def _write(self, record: Record) -> None:
+        record.history = report.val_history(run_of(self.settings.sweep, record.id))
         report.save_record(self.settings.sweep, record)
-        say(f"trial {trial}: {record.state}" + (f": {failure}" if failure else ""))
+        say(f"trial {record.id}: {record.state}" + (f": {record.reason}" if record.reason else ""))
 
 
 def _callback(follower: Follower) -> Any:
@@ -163,10 +176,10 @@ def _callback(follower: Follower) -> Any:
     return Callback()
 
 
-def _run_trials(settings: TuneSettings, trials: list[Trial], records: dict[str, Record]) -> None:
+def _run_trials(settings: TuneSettings, trials: list[Trial], records: dict[str, Record]) -> bool:
     """Run `trials` on the Ray that this process is connected to; `records` says afterwards how each ended.
 
-    Raises Interrupted after Ctrl-C: Tune has ended the trials' processes then.
+    Returns False after Ctrl-C: Tune has ended the trials' processes then.
     """
     import uuid
 
@@ -198,12 +211,7 @@ def _run_trials(settings: TuneSettings, trials: list[Trial], records: dict[str, 
             verbose=0,
         ),
     ).fit()
-    open_ones = [record for record in records.values() if record.state in (report.WAITING, report.RUNNING)]
-    for record in open_ones:
-        record.history = report.val_history(run_of(settings.sweep, record.id))
-    if open_ones and not follower.out_of_time:
-        ended = len(records) - len(open_ones)
-        raise Interrupted(f"stopped with {ended} of {len(records)} trials ended. The same command goes on from there.")
+    return follower.close()
 
 
 def _configure_tune() -> None:
@@ -216,19 +224,25 @@ def _configure_tune() -> None:
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
 
 
-def finish(settings: TuneSettings, records: list[Record]) -> dict[str, Any]:
-    """Write sweep.json and best.yaml, print the table. Raises ScenerayError where no trial has a score."""
+def finish(settings: TuneSettings, records: list[Record], interrupted: bool = False) -> dict[str, Any]:
+    """Write sweep.json and best.yaml and print the table, of a part of the trials too.
+
+    Raises Interrupted after Ctrl-C, ScenerayError where no trial has a score.
+    """
     result = report.document(records, settings)
     storage.write_json(storage.join(settings.sweep, "sweep.json"), result)
     print(report.table(records, settings.metric))
+    if result["best"] is not None:
+        best = next(record for record in records if record.id == result["best"])
+        storage.write_bytes(result["best_yaml"], report.best_yaml(best, settings).encode())
+        print(f"\nbest: trial {best.id}. Train with its values: sceneray train {result['best_yaml']}")
+    if interrupted:
+        raise Interrupted("stopped before all trials ended. The same command goes on from there.")
     if result["best"] is None:
         raise ScenerayError(
             f"no trial has a {settings.metric}: see the reasons above and the logs in {settings.sweep}/trials. Mend "
             "the cause, or give more time, and run the same command again."
         )
-    best = next(record for record in records if record.id == result["best"])
-    storage.write_bytes(result["best_yaml"], report.best_yaml(best, settings).encode())
-    print(f"\nbest: trial {best.id}. Train with its values: sceneray train {result['best_yaml']}")
     return result
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -43,6 +44,7 @@ FORMAT = "sceneray-bundle"
 VERSION = 1
 WEIGHTS, ABOUT, GOLDEN, GOLDEN_MASK = "model.safetensors", "bundle.json", "golden.png", "golden_mask.png"
 GOLDEN_SEED, GOLDEN_HEIGHT, GOLDEN_WIDTH = 2017, 192, 256
+_NAME = re.compile(r"[A-Za-z0-9._+-]{1,64}")
 LIBRARIES = ("torch", "torchvision", "safetensors", "numpy", "pillow")
 
 
@@ -88,7 +90,9 @@ def write(
 
     `about` holds `name` and `version`, and whatever else describes the model: `metrics` (with the digest of the store
     they were measured on), `source` (the checkpoint's digest). The golden mask is computed here, by `model`.
+    Raises ConfigError for a name or version that `check_names` refuses.
     """
+    check_names(about["name"], about["version"])
     golden = golden_image()
     model = _ready(model)
     answer = golden_answer(model, golden)
@@ -143,6 +147,15 @@ def load(url: str) -> Bundle:
         raise BundleError(
             f"the bundle at {url} cannot be loaded: {_why(error)} Export it again: {_how(url)}"
         ) from error
+
+
+def check_names(name: str, version: str) -> None:
+    """Raise ConfigError unless both can stand in a header, a path and a metric's label."""
+    for what, value in (("name", name), ("version", version)):
+        if not _NAME.fullmatch(value):
+            raise ConfigError(
+                f"a model's {what} has 1 to 64 letters, digits, dots, dashes, underscores or pluses, got {value!r}."
+            )
 
 
 def find(url: str) -> Committed:

@@ -18,9 +18,11 @@ def export(
     `version` names the model's version; None: the first 12 digits of the checkpoint's digest. Returns {bundle, digest,
     name, version, checkpoint, metrics, golden_pixels, bytes}. Raises ConflictError where a bundle stands at
     `bundle_url` already and `overwrite` is not set, and BundleError where the written bundle does not answer as the
-    checkpoint does: its manifest is removed then, so that no reader takes it for a bundle.
+    checkpoint does: its manifest is removed then, so that no reader takes it for a bundle; ConfigError for a name or
+    version that cannot stand in a header.
     """
     url = storage.absolute(bundle_url)
+    bundle.check_names(name, version or "-")
     _refuse(url, overwrite)
     source = checkpoint.load(checkpoint_url)
     version = version or source.digest[:12]

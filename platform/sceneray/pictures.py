@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from sceneray import checkpoint, storage
 from sceneray.data.images import decode_image, decode_label, encode_jpeg
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 CURVES = "pictures/curves.png"
 CONTACT_SHEET = "pictures/contact_sheet.jpg"
-SHEET_WIDTH = 360  # pixels of one column
-GAP = 6
+# Of a contact sheet, in pixels: one column, the space between, the whole width, a line of text.
+COLUMN, GAP, LINE = 360, 6, 24
+SHEET = 3 * COLUMN + 2 * GAP
 COLOURS = {"loss": "#4c72b0", "miou": "#c44e52", "pixel_accuracy": "#55a868"}
 
 
@@ -34,7 +35,8 @@ def write_curves(run: str, rows: Sequence[Mapping[str, Any]]) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     _plot(left, rows, "train", {"loss": "loss"})
-    left.set(title="training loss", xlabel="epoch", ylim=(0, None))
+    left.set(title="training loss", xlabel="epoch")
+    left.set_ylim(bottom=0)
     _plot(right, rows, "val", {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"})
     right.set(title="validation", xlabel="epoch", ylim=(0, 1))
     right.legend(frameon=False, loc="lower right")
@@ -59,11 +61,14 @@ def write_contact_sheet(run: str, split: Split, rows: int) -> None:
 def contact_sheet(
     rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: Sequence[ClassInfo]
 ) -> np.ndarray:
-    """One picture, uint8 [H, W, 3], of rows (photo uint8 [h, w, 3], truth uint8 [h, w], prediction uint8 [h, w])."""
+    """One picture, uint8 [H, W, 3]: column heads, the rows, and the classes' colours below.
+
+    Each row is photo uint8 [h, w, 3], truth uint8 [h, w] and prediction uint8 [h, w]; what no class labels is black.
+    """
     colours = colour_table(classes)
-    lines = []
+    lines = [_header(("photograph", "truth", "prediction"))]
     for image, truth, prediction in rows:
-        height = max(1, round(SHEET_WIDTH * image.shape[0] / image.shape[1]))
+        height = max(1, round(COLUMN * image.shape[0] / image.shape[1]))
         cells = [
             _resize(image, height, Image.Resampling.BILINEAR),
             _resize(colours[truth], height, Image.Resampling.NEAREST),
@@ -71,13 +76,46 @@ def contact_sheet(
         ]
         gap = np.full((height, GAP, 3), 255, np.uint8)
         lines.append(np.concatenate([cells[0], gap, cells[1], gap, cells[2]], axis=1))
-    between = np.full((GAP, lines[0].shape[1], 3), 255, np.uint8)
+    lines.append(_legend(classes))
+    between = np.full((GAP, SHEET, 3), 255, np.uint8)
     parts = [part for line in lines for part in (line, between)]
     return np.concatenate(parts[:-1], axis=0)
 
 
+def _header(words: Sequence[str]) -> np.ndarray:
+    line, draw = _line(1)
+    for number, word in enumerate(words):
+        draw.text((number * (COLUMN + GAP) + COLUMN // 2, LINE // 2), word, "black", _font(), anchor="mm")
+    return np.asarray(line)
+
+
+def _legend(classes: Sequence[ClassInfo]) -> np.ndarray:
+    """A square of its colour and its name for every class, in as many lines as it takes."""
+    places, x, y = [], GAP, 0
+    for info in classes:
+        width = LINE + round(_font().getlength(info.name)) + 3 * GAP
+        if x + width > SHEET and x > GAP:
+            x, y = GAP, y + 1
+        places.append((info, x, y * LINE))
+        x += width
+    line, draw = _line(y + 1)
+    for info, left, top in places:
+        draw.rectangle((left, top + 5, left + LINE - 10, top + LINE - 5), fill=info.color)
+        draw.text((left + LINE - 4, top + LINE // 2), info.name, "black", _font(), anchor="lm")
+    return np.asarray(line)
+
+
+def _line(count: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    line = Image.new("RGB", (SHEET, count * LINE), "white")
+    return line, ImageDraw.Draw(line)
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=14)
+
+
 def _resize(image: np.ndarray, height: int, how: Image.Resampling) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).resize((SHEET_WIDTH, height), how))
+    return np.asarray(Image.fromarray(image).resize((COLUMN, height), how))
 
 
 def _plot(axes: Axes, rows: Sequence[Mapping[str, Any]], kind: str, names: Mapping[str, str]) -> None:
@@ -86,5 +124,6 @@ def _plot(axes: Axes, rows: Sequence[Mapping[str, Any]], kind: str, names: Mappi
         if mine:
             epochs, values = [row["epoch"] for row in mine], [row[name] for row in mine]
             axes.plot(epochs, values, label=label, color=COLOURS[name], marker="o" if len(mine) < 40 else "", ms=3)
+    axes.set_xlim(0, max((row["epoch"] for row in mine), default=1) * 1.02)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -22,7 +22,8 @@ import pytest
 
 from sceneray import config
 from sceneray.config import TrainSettings
-from tests.stores import tiny_settings, town_store
+from sceneray.data.store import Store
+from tests.stores import tiny_settings
 from tests.support import ROOT, free_port
 
 TOKEN = "5ce9e" * 8
@@ -185,9 +186,12 @@ def test_a_job_runs_the_code_that_was_shipped(head: Head, tmp_path: Path) -> Non
 
 
 def test_a_training_job_is_stopped_by_ctrl_c_and_goes_on(head: Head, tmp_path: Path) -> None:
-    """A submitted training run trains; Ctrl-C stops the job after it has saved; the same command finishes it."""
+    """Submitted, prepare writes a store and train trains on it; Ctrl-C stops the job after it has saved; the same
+    command finishes it."""
     store, run = tmp_path / "store", tmp_path / "runs/one"
-    town_store(str(store), train=12, val=4)
+    prepared = submit(head, tmp_path, "prepare", "town", "store", "--scenes", "12,4", "--size=48x64")
+    assert prepared.returncode == 0, prepared.stdout + prepared.stderr
+    assert Store.open(str(store)).rows("train") == 12
     settings = tiny_settings("store", "runs/one", "epochs=20", "log.contact_sheet=0")
     (tmp_path / "mine.yaml").write_text(config.dump(settings))
     words = ["train", "mine.yaml", "seed=3"]

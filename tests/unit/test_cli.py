@@ -14,7 +14,7 @@ import pytest
 
 from jobs import cli
 from jobs.__main__ import main, usage
-from jobs.cli import VERBS, main_of, parser_of
+from jobs.cli import VERBS, arguments_of, main_of, parser_of
 from sceneray import __version__
 from sceneray.errors import ConfigError, DataError, Interrupted
 from tests.support import ROOT
@@ -127,7 +127,20 @@ def test_every_example_parses(name):
     words = usage().splitlines()
     line = next(line for line in words if line.strip().startswith(f"sceneray {name}"))
     arguments = line.split()[2:]
-    parser_of(name).parse_args(arguments)
+    arguments_of(name, arguments)
+
+
+@pytest.mark.parametrize("words", ["x.yaml --dry-run seed=3", "--dry-run x.yaml seed=3", "x.yaml seed=3 --dry-run"])
+def test_options_may_stand_anywhere(words):
+    """An option between a settings file and its key=value is understood as one at the end is."""
+    arguments = arguments_of("train", words.split())
+    assert (arguments.config, arguments.overrides, arguments.dry_run) == ("x.yaml", ["seed=3"], True)
+
+
+def test_what_is_submitted_keeps_its_order():
+    """Options after the submitted verb are that verb's, in the order given."""
+    arguments = arguments_of("submit", ["train", "x.yaml", "--dry-run", "seed=3"])
+    assert (arguments.verb, arguments.arguments) == ("train", ["x.yaml", "--dry-run", "seed=3"])
 
 
 def test_a_wrong_argument_exits_with_2(capsys):

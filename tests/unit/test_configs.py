@@ -8,7 +8,7 @@ import shlex
 import pytest
 import yaml
 
-from jobs.cli import parser_of
+from jobs.cli import arguments_of
 from sceneray import config
 from sceneray.config import TrainSettings
 from tests.support import ROOT, tracked_files
@@ -62,5 +62,5 @@ def test_the_command_in_the_comment_is_accepted(name):
     """The command lines in the comment are what the verbs' parsers take, and one of them names the file itself."""
     commands = [shlex.split(line) for line in opening(name) if line.strip().startswith("sceneray ")]
     for words in commands:
-        parser_of(words[1]).parse_args(words[2:])
+        arguments_of(words[1], words[2:])
     assert any(name in words for words in commands)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from jobs.cli import main_of
 from sceneray import bundle, checkpoint, storage
 from sceneray.config import DataSettings, TrainSettings
-from sceneray.errors import BundleError, CheckpointError, ConflictError
+from sceneray.errors import BundleError, CheckpointError, ConfigError, ConflictError
 from sceneray.export import export
 from sceneray.predictor import Predictor
 from tests.bundles import CLASSES, SETTINGS, agree, brightness_model, half_bright
@@ -48,6 +49,18 @@ def test_the_exported_bundle_answers_as_the_checkpoint(trained: str, tmp_path: P
     assert agree(Predictor(loaded, "cpu").predict([image])[0], mask)
 
 
+def test_the_verb_names_the_model_after_the_folder(
+    trained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`sceneray export` prints where the bundle is, exits with 0, and a second time refuses with one sentence."""
+    argv = [trained, str(tmp_path / "my bundle")]
+    assert main_of("export", argv) == 0
+    assert bundle.load(argv[1]).name == "my-bundle"
+    assert f"bundle {argv[1]}" in capsys.readouterr().out
+    assert main_of("export", argv) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_the_version_defaults_to_the_checkpoints_digest(trained: str, tmp_path: Path) -> None:
     """Without a version, the start of the source's digest names it: two checkpoints never share one by accident."""
     result = export(trained, str(tmp_path / "bundle"), "bright")
@@ -63,6 +76,15 @@ def test_a_standing_bundle_is_not_written_over(trained: str, tmp_path: Path) -> 
     assert bundle.load(url).digest == first["digest"]
     assert export(trained, url, "bright", "2", overwrite=True)["version"] == "2"
     assert bundle.load(url).version == "2"
+
+
+@pytest.mark.parametrize("bad", ["", "two words", "ü", "line\nbreak", "x" * 65])
+def test_names_that_no_header_carries_are_refused(trained: str, tmp_path: Path, bad: str) -> None:
+    """A name or version goes into headers and paths: what cannot stand there is refused before anything is written."""
+    for name, version in ((bad, "1"), ("bright", bad or " ")):
+        with pytest.raises(ConfigError, match="1 to 64 letters"):
+            export(trained, str(tmp_path / "bundle"), name, version)
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_missing_checkpoint_costs_no_bundle(trained: str, tmp_path: Path) -> None:

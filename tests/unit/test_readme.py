@@ -11,7 +11,7 @@ import pytest
 import yaml
 from fastapi.routing import APIRoute
 
-from jobs.cli import VERBS, parser_of
+from jobs.cli import VERBS, arguments_of
 from sceneray import config
 from sceneray.config import TrainSettings
 from serve.api import ApiSettings, create_app
@@ -30,7 +30,7 @@ KNOWN_PROGRAMS = {"make", "sceneray", "curl", "ray", "export", "serve", "git", "
 def parse(words: list[str]) -> None:
     """Parse `sceneray VERB ...` with the verb's own parser, and what it submits with the submitted verb's."""
     assert words[0] in VERBS, f"{words[0]} is no verb"
-    arguments = parser_of(words[0]).parse_args(words[1:])
+    arguments = arguments_of(words[0], words[1:])
     if words[0] == "submit":
         parse([arguments.verb, *arguments.arguments])
 

@@ -93,7 +93,8 @@ def _opened(data: bytes, formats: tuple[str, ...], kind: str) -> Iterator[Image.
             image = Image.open(io.BytesIO(data), formats=formats)
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(
-                    f"the {kind} has {image.width} × {image.height} pixels; at most {MAX_PIXELS} are read: make it smaller"
+                    f"the {kind} has {image.width} × {image.height} pixels; at most {MAX_PIXELS} are read: "
+                    "make it smaller"
                 )
             image.load()
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:

@@ -159,8 +159,8 @@ class Store:
             raise DataError(f"{url} is no dataset store: its manifest is not of the format '{FORMAT}'. Check the path.")
         if manifest.get("version") != VERSION:
             raise DataError(
-                f"{url} is a dataset store of version {manifest.get('version')}; this sceneray reads version {VERSION}. "
-                "Prepare it again, or use the sceneray that wrote it."
+                f"{url} is a dataset store of version {manifest.get('version')}; this sceneray reads version "
+                f"{VERSION}. Prepare it again, or use the sceneray that wrote it."
             )
         try:
             return cls(url, manifest)
@@ -247,7 +247,7 @@ class Split:
         table = self.cache.open(wanted.url, wanted.sha256, wanted.bytes)
         if table.num_rows != wanted.rows:
             raise StorageError(
-                f"{wanted.url} holds {table.num_rows} samples, the manifest says {wanted.rows}: prepare the store again."
+                f"{wanted.url} holds {table.num_rows} samples, the manifest says {wanted.rows}: prepare it again."
             )
         self._open[shard] = table
         return table

@@ -92,6 +92,7 @@ def test_a_damaged_bundle(tmp_path: Path) -> None:
     [
         ({"max_batch_sizes": 4}, "did you mean 'max_batch_size'"),
         ({"max_batch_size": 0}, "max_batch_size"),
+        ({"replicas": "many"}, "replicas"),
         ({"max_queued_pixels": 100}, "at least max_pixels"),
         ({"replicas": 3, "max_replicas": 2}, "at least replicas"),
         ({"api_keys": "not-a-digest"}, "sha256"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sceneray import config, storage
-from sceneray.errors import ConfigError, DataError, ScenerayError
+from sceneray.errors import ConfigError, DataError, Interrupted, ScenerayError
 from tests.support import ROOT
 from tune import report, schedulers, search
 from tune.report import Record
@@ -113,29 +113,54 @@ def test_nothing_starts_without_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "failure", "result", "seconds", "expected"),
+    ("failure", "result", "expected"),
     [
-        (report.RUNNING, "the loss is nan", False, 0, report.FAILED),
-        (report.RUNNING, None, True, 0, report.FINISHED),
-        (report.RUNNING, None, False, 0, report.STOPPED),
-        (report.RUNNING, None, False, 100, report.OUT_OF_TIME),
-        (report.WAITING, None, False, 100, report.WAITING),
-        (report.RUNNING, None, True, 100, report.FINISHED),
+        ("the loss is nan", False, report.FAILED),
+        (None, True, report.FINISHED),
+        (None, False, report.STOPPED),
     ],
 )
-def test_how_a_trial_ended_is_written_down(
-    tmp_path: Path, before: str, failure: str | None, result: bool, seconds: float, expected: str
-) -> None:
-    """A trial failed, finished, was stopped early or ran out of time; its record says which."""
-    settings = sweep_settings(f"sweep={tmp_path}", "trials=1", "time_budget_s=60")
+def test_how_a_trial_ended_is_written_down(tmp_path: Path, failure: str | None, result: bool, expected: str) -> None:
+    """A trial failed, finished or was stopped early; its record says which."""
+    settings = sweep_settings(f"sweep={tmp_path}", "trials=1")
     if result:
         storage.write_json(f"{tmp_path}/trials/0000/result.json", {})
-    follower = search.Follower(settings, {"0000": Record("0000", {"optimizer.lr": 0.1}, before)})
-    follower.started_at -= seconds
+    follower = search.Follower(settings, {"0000": Record("0000", {"optimizer.lr": 0.1}, report.RUNNING)})
     follower.end("0000", failure)
     written = report.load_record(settings.sweep, "0000")
     assert written is not None
     assert (written.state, written.reason) == (expected, failure)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "states", "complete", "expected"),
+    [
+        (100, [report.RUNNING, report.WAITING], True, [report.OUT_OF_TIME, report.WAITING]),
+        (0, [report.RUNNING, report.FINISHED], False, [report.INTERRUPTED, report.FINISHED]),
+        (0, [report.FINISHED, report.WAITING], False, [report.FINISHED, report.WAITING]),
+        (0, [report.FINISHED, report.STOPPED], True, [report.FINISHED, report.STOPPED]),
+    ],
+)
+def test_what_still_ran_at_the_end_was_cut_off(
+    tmp_path: Path, seconds: float, states: list[str], complete: bool, expected: list[str]
+) -> None:
+    """Trials cut off by the clock end the sweep in order; those cut off by Ctrl-C make it interrupted."""
+    settings = sweep_settings(f"sweep={tmp_path}", "time_budget_s=60")
+    records = {str(n): Record(str(n), {}, state) for n, state in enumerate(states)}
+    follower = search.Follower(settings, records)
+    follower.started_at -= seconds
+    assert follower.close() is complete
+    assert [record.state for record in records.values()] == expected
+
+
+def test_an_interrupted_sweep_shows_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After Ctrl-C the table and best.yaml are those of the trials so far, and the verb says how to go on."""
+    settings = sweep_settings(f"sweep={tmp_path}", "trials=2")
+    half = Record("0000", {"optimizer.lr": 0.1}, report.INTERRUPTED, None, [{"epoch": 1.0, "miou": 0.5}])
+    with pytest.raises(Interrupted, match="The same command goes on"):
+        search.finish(settings, [half, Record("0001", {"optimizer.lr": 0.2})], interrupted=True)
+    assert "interrupted" in capsys.readouterr().out
+    assert storage.is_file(f"{tmp_path}/best.yaml")
 
 
 def test_a_sweep_without_any_score_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

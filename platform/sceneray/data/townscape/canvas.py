@@ -1,4 +1,4 @@
-"""The camera and the canvas of `sceneray.data.town`.
+"""A camera in a street, and the canvas it is drawn on.
 
 A scene is drawn once, as an index image: every polygon writes the number of a paint, and a paint is a colour, a class
 and a roughness. Photo and label are both looked up from that one image, so the label is exact by construction.
@@ -145,7 +145,7 @@ class Canvas:
     def quads(self, quads: NDArray[np.float64], paints: Sequence[int]) -> None:
         """Fill many quadrilaterals [n, 4, 3]; one that reaches behind the lens is left out."""
         seen = self.camera.view(quads)
-        visible = (seen[..., 2] > NEAR_M).all(axis=1)
+        visible = seen[..., 2].min(axis=1) > NEAR_M
         corners = self.camera.pixels(np.where(visible[:, None, None], seen, 1.0)).reshape(len(quads), 8).tolist()
         for corner, paint, shown in zip(corners, paints, visible.tolist(), strict=True):
             if shown:

@@ -1,13 +1,14 @@
-"""Cars and vans of `sceneray.data.town`: a side profile, drawn out to the car's width, in perspective."""
+"""Cars and vans: a side profile, drawn out to the car's width, in perspective."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 
-from sceneray.data.town_canvas import Canvas, Color, Point, mix, scale
-from sceneray.data.town_objects import BODIES, CAR, Light, pick
+from sceneray.data.townscape.canvas import Canvas, Point, mix, scale
+from sceneray.data.townscape.look import BODIES, CAR, Light, pick
 
 # Side profiles from the rear bumper over the roof to the front bumper: (metres forward, metres up). `g` marks the
 # edges of glass that begin at a point: the rear window and the windscreen.
@@ -84,8 +85,8 @@ def _ends(
 ) -> None:
     """The faces across the car that the camera sees (rear or front, windows, roof), far ones first."""
     sees_rear = frame.eye_s < 0
-    edges = list(zip(profile, profile[1:], strict=False))
-    for (s0, y0, mark), (s1, y1, _) in edges if sees_rear is False else reversed(edges):
+    edges = list(itertools.pairwise(profile))
+    for (s0, y0, mark), (s1, y1, _) in reversed(edges) if sees_rear else edges:
         # The outward normal of an edge that runs clockwise is (-dy, ds).
         if (frame.eye_s - s0) * -(y1 - y0) + (frame.eye_y - y0) * (s1 - s0) <= 0:
             continue
@@ -96,10 +97,8 @@ def _ends(
             [frame.point(s, r, y) for s, r, y in ((s0, -h0, y0), (s0, h0, y0), (s1, h1, y1), (s1, -h1, y1))],
             paints[name],
         )
-        if mark:  # a frame of bodywork around the glass
-            continue
-    s, low, high = profile[0][0] if sees_rear else profile[-1][0], profile[0][1], 0.0
-    high = profile[1][1] if sees_rear else profile[-2][1]
+    s, low = profile[0][0] if sees_rear else profile[-1][0], profile[0][1]
+    high = min(profile[1][1] if sees_rear else profile[-2][1], 1.1)
 
     def patch(r0: float, r1: float, y0: float, y1: float, name: str) -> None:
         out = s - 0.03 if sees_rear else s + 0.03
@@ -108,7 +107,6 @@ def _ends(
     for r in (-half * 0.95, half * 0.7):
         patch(r, r + half * 0.25, 0.0, low + 0.05, "dark")
     patch(-half * 0.97, half * 0.97, low - 0.08, low + 0.16, "low")
-    high = min(high, 1.1)
     lamp = low + (high - low) * 0.62
     for r in (-half * 0.95, half * 0.62):
         patch(r, r + half * 0.33, lamp, lamp + 0.17, "tail" if sees_rear else "head")
@@ -140,7 +138,7 @@ def _side(
     if van:
         panes = [(0.45, front[0] - 0.1, front[0] + slope * (front[1] - belt) - 0.1)]
     else:
-        rear_s, rear_y, _ = profile[marks[0]]
+        rear_s, _, _ = profile[marks[0]]
         top_s = profile[marks[0] + 1][0]
         panes = [
             (max(rear_s + 0.25, top_s - 0.35), -0.42, -0.42),

@@ -1,174 +1,26 @@
-"""What stands in a street of `sceneray.data.town`: buildings, trees, people, poles (cars: `town_cars`).
-
-Each function draws one thing on a canvas, from far parts to near parts. Sizes are metres.
-"""
+"""What stands upright and is drawn as a flat figure that faces the camera: trees, people, poles. Sizes are metres."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sceneray.data.town_canvas import Canvas, Color, Point, mix, scale
-
-SKY, BUILDING, ROAD, PAVEMENT, TREE, CAR, PERSON, POLE = range(8)
-
-# Every palette holds greys, browns and greens, so that no class owns a colour.
-WALLS: tuple[Color, ...] = (
-    (196, 186, 168), (168, 104, 82), (136, 88, 70), (206, 196, 178), (150, 150, 150), (112, 116, 122),
-    (178, 160, 120), (126, 134, 110), (96, 112, 92), (170, 186, 198), (146, 122, 98), (214, 206, 198),
-    (124, 94, 74), (188, 148, 120), (92, 90, 92), (132, 150, 168), (108, 112, 70), (150, 138, 84),
-    (84, 96, 62), (122, 104, 62), (186, 204, 222), (110, 140, 176), (200, 206, 210),
+from sceneray.data.townscape.canvas import Canvas, Color, scale
+from sceneray.data.townscape.look import (
+    CLOTHES,
+    LEAVES,
+    MASTS,
+    NEEDLES,
+    PERSON,
+    POLE,
+    SKIN,
+    TREE,
+    Light,
+    pick,
 )  # fmt: skip
-LEAVES: tuple[Color, ...] = (
-    (74, 104, 52), (92, 118, 58), (60, 86, 60), (112, 120, 62), (150, 112, 54), (156, 84, 52), (104, 96, 66),
-    (84, 100, 84), (132, 128, 84), (62, 74, 50), (122, 70, 62), (96, 92, 72), (120, 112, 84), (78, 104, 88),
-)  # fmt: skip
-NEEDLES: tuple[Color, ...] = ((58, 80, 60), (70, 88, 56), (74, 92, 88), (84, 86, 66))
-BODIES: tuple[Color, ...] = (
-    (206, 206, 206), (168, 170, 174), (116, 118, 122), (58, 60, 64), (150, 44, 40), (52, 78, 128), (76, 98, 70),
-    (132, 110, 84), (176, 160, 124), (92, 112, 128), (104, 44, 46), (120, 132, 108), (196, 150, 60),
-)  # fmt: skip
-CLOTHES: tuple[Color, ...] = (
-    (60, 62, 70), (120, 118, 116), (176, 172, 164), (172, 44, 38), (48, 72, 142), (74, 112, 62), (134, 104, 76),
-    (88, 116, 150), (196, 146, 52), (38, 40, 46), (206, 202, 198), (132, 58, 100), (40, 110, 116),
-)  # fmt: skip
-MASTS: tuple[Color, ...] = (
-    (96, 98, 100), (60, 64, 66), (134, 134, 132), (74, 88, 74), (112, 92, 76), (160, 156, 148), (84, 92, 108),
-)  # fmt: skip
-SKIN: tuple[Color, ...] = ((214, 170, 140), (184, 136, 106), (136, 96, 72), (96, 68, 54))
 
 CIRCLE = [(math.cos(i * math.pi / 8), math.sin(i * math.pi / 8)) for i in range(16)]
-
-
-@dataclass(frozen=True)
-class Light:
-    """How a scene is lit. Factors multiply a surface's own colour."""
-
-    sun: Color
-    left: float
-    """on facades left of the camera"""
-    right: float
-    ahead: float
-    """on what faces the camera"""
-    shadow: float
-    """light left inside a cast shadow; 1: there are none"""
-    cast: tuple[float, float]
-    """where the top of a thing 1 m high throws its shadow: metres along x and z"""
-    zenith: Color
-    horizon: Color
-    cloud: Color
-    clouds: float
-    """share of the sky under clouds"""
-    haze_per_m: float
-    lamps_on: bool
-
-
-def pick(rng: np.random.Generator, palette: tuple[Color, ...], spread: float = 14.0) -> Color:
-    """A colour of `palette`, lighter or darker and tinted a little."""
-    r, g, b = palette[int(rng.integers(len(palette)))]
-    factor = rng.uniform(0.78, 1.18)
-    dr, dg, db = rng.uniform(-spread, spread, 3).tolist()
-    return (r * factor + dr, g * factor + dg, b * factor + db)
-
-
-def building(
-    canvas: Canvas, rng: np.random.Generator, light: Light, side: int, x: float, z0: float, z1: float, height: float
-) -> None:
-    """A house on one `side` (-1 left, 1 right): the facade at `x` from `z0` to `z1`, and the wall facing the camera."""
-    depth = max(z0, 0.0)
-    wall = pick(rng, WALLS)
-    across = x + side * rng.uniform(8, 14)
-    facing = light.left if side < 0 else light.right
-    rough = rng.uniform(0.01, 0.05)
-    front = canvas.paint(scale(wall, facing), BUILDING, rough, depth)
-    end = canvas.paint(scale(wall, light.ahead), BUILDING, rough, depth)
-    trim = canvas.paint(scale(mix(wall, (225, 220, 210), rng.uniform(-0.5, 0.6)), facing), BUILDING, 0.02, depth)
-    if rng.random() < 0.55:
-        _pitched_roof(canvas, rng, light, side, x, across, z0, z1, height, depth, end)
-    canvas.polygon([(x, 0, z0), (across, 0, z0), (across, height, z0), (x, height, z0)], end)
-    canvas.polygon([(x, 0, z0), (x, 0, z1), (x, height, z1), (x, height, z0)], front)
-    if light.shadow < 1:
-        dx, dz = light.cast[0] * height, light.cast[1] * height
-        canvas.shadow([(x, 0, z0), (x, 0, z1), (x + dx, 0, z1 + dz), (x + dx, 0, z0 + dz)], light.shadow)
-    facade = Wall((x, 0.0, 0.0), (0.0, 0.0, 1.0), z0, z1, height)
-    floor = rng.uniform(2.9, 3.6)
-    bands = [(0.0, rng.uniform(0.3, 0.8)), (height - 0.35, height)]  # a plinth and a cornice
-    if rng.random() < 0.5:
-        bands += [(y - 0.12, y + 0.12) for y in np.arange(floor, height - 1.5, floor)]
-    low, high = np.array(bands).T
-    canvas.quads(facade.rectangles(np.full(len(low), z0), np.full(len(low), z1), low, high), [trim] * len(low))
-    panes = _panes(canvas, rng, light, wall, facing, depth)
-    _windows(canvas, rng, panes, floor, facade)
-    if rng.random() < 0.5:
-        near, far = sorted((x, across))
-        _windows(canvas, rng, panes, floor, Wall((0.0, 0.0, z0), (1.0, 0.0, 0.0), near, far, height))
-
-
-@dataclass(frozen=True)
-class Wall:
-    """An upright plane through `origin` in the direction `along`, from `start` to `stop` and up to `height`."""
-
-    origin: Point
-    along: Point
-    start: float
-    stop: float
-    height: float
-
-    def rectangles(
-        self,
-        first: NDArray[np.float64],
-        last: NDArray[np.float64],
-        low: NDArray[np.float64],
-        high: NDArray[np.float64],
-    ) -> NDArray[np.float64]:
-        """Rectangles [n, 4, 3] between `first` and `last` metres along the wall and `low` and `high` metres up."""
-        along, up = np.array(self.along), np.array([0.0, 1.0, 0.0])
-        corners = [(first, low), (last, low), (last, high), (first, high)]
-        return np.stack([np.array(self.origin) + s[:, None] * along + y[:, None] * up for s, y in corners], axis=1)
-
-
-def _pitched_roof(
-    canvas: Canvas, rng: np.random.Generator, light: Light, side: int, x: float, across: float,
-    z0: float, z1: float, height: float, depth: float, gable: int,
-) -> None:  # fmt: skip
-    ridge = height + rng.uniform(2.0, 4.5)
-    tile = canvas.paint(scale(pick(rng, WALLS[1:9]), 0.8 * light.ahead), BUILDING, 0.12, depth)
-    middle, eaves = (x + across) / 2, x - side * 0.3
-    canvas.polygon([(eaves, height, z0), (eaves, height, z1), (middle, ridge, z1), (middle, ridge, z0)], tile)
-    canvas.polygon([(x, height - 0.02, z0), (across, height - 0.02, z0), (middle, ridge, z0)], gable)
-
-
-def _panes(
-    canvas: Canvas, rng: np.random.Generator, light: Light, wall: Color, facing: float, depth: float
-) -> list[int]:
-    """Paints for one house's windows: dark glass, glass that mirrors the sky, blinds, and lamplight at dusk."""
-    dark = scale(mix((44, 50, 58), light.horizon, rng.uniform(0, 0.25)), 0.9)
-    mirrored = mix(dark, mix(light.zenith, light.horizon, 0.5), rng.uniform(0.3, 0.9))
-    blind = scale(mix(wall, (200, 196, 186), 0.6), facing * 0.85)
-    colors = [dark, dark, mirrored, mix(dark, mirrored, 0.5), blind]
-    if light.lamps_on:
-        colors += [(246, 214, 140), (232, 190, 112), (250, 228, 176)]
-    return [canvas.paint(color, BUILDING, 0.02, depth) for color in colors]
-
-
-def _windows(canvas: Canvas, rng: np.random.Generator, panes: list[int], floor: float, wall: Wall) -> None:
-    pitch, wide = rng.uniform(1.9, 3.2), rng.uniform(0.42, 0.72)
-    tall, sill = rng.uniform(0.42, 0.66) * floor, rng.uniform(0.2, 0.3) * floor
-    columns = np.arange(wall.start + pitch * 0.35, wall.stop - pitch * wide - 0.2, pitch)
-    rows = np.arange(0.0, wall.height - floor * 0.9, floor)
-    if not len(columns) or not len(rows):
-        return
-    left, low = np.tile(columns, len(rows)), np.repeat(rows + sill, len(columns))
-    high, widths = low + tall, np.full(len(left), pitch * wide)
-    if rng.random() < 0.45:  # a shop: glass down to the pavement
-        ground = low < floor
-        low, high = np.where(ground, 0.45, low), np.where(ground, floor * 0.82, high)
-        widths = np.where(ground, pitch * 0.86, widths)
-    chosen = [panes[i] for i in rng.integers(len(panes), size=len(left)).tolist()]
-    canvas.quads(wall.rectangles(left, left + widths, low, high), chosen)
 
 
 class Board:
@@ -234,7 +86,7 @@ def tree(canvas: Canvas, rng: np.random.Generator, light: Light, x: float, z: fl
     base = rng.uniform(2.0, 3.2)
     middle = base + radius * rng.uniform(0.75, 1.1)
     tones = [
-        canvas.paint(scale(leaf, k), TREE, rough, board.depth) for k, rough in ((0.55, 0.5), (0.86, 0.5), (1.2, 0.45))
+        canvas.paint(scale(leaf, k), TREE, rough, board.depth) for k, rough in ((0.58, 0.4), (0.86, 0.4), (1.16, 0.4))
     ]
     stem = canvas.paint(scale(bark, light.ahead), TREE, 0.15, board.depth)
     board.contact(trunk)
