@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         kept = len(trials) - len(waiting)
         say(f"{len(waiting)} trials to run" + (f", {kept} kept from before" if kept else ""))
         with ray_session(args.address, cpus=max(math.ceil(settings.cpus_per_trial), usable_cores())):
-            _check_placement(settings)
+            if not (args.address or os.environ.get("RAY_ADDRESS")):
+                _check_placement(settings)
             interrupted = not _run_trials(settings, waiting, records)
     return finish(settings, list(records.values()), interrupted)
 
@@ -247,13 +248,13 @@ def finish(settings: TuneSettings, records: list[Record], interrupted: bool = Fa
 
 
 def _check_placement(settings: TuneSettings) -> None:
-    """Refuse a trial that no machine here can ever hold; a cluster that grows may hold it later."""
+    """Refuse a trial that this machine can never hold; a cluster may grow a node for it."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = ray.cluster_resources()
     wanted = {"CPU": settings.cpus_per_trial, "GPU": settings.gpus_per_trial}
-    if len(nodes) == 1 and any(nodes[0].get(kind, 0) < amount for kind, amount in wanted.items()):
-        has = ", ".join(f"{nodes[0].get(kind, 0):g} {kind}" for kind in wanted)
+    if any(have.get(kind, 0) < amount for kind, amount in wanted.items()):
+        has = ", ".join(f"{have.get(kind, 0):g} {kind}" for kind in wanted)
         raise ConfigError(
             f"a trial needs cpus_per_trial={settings.cpus_per_trial:g} and gpus_per_trial={settings.gpus_per_trial:g}; "
             f"this machine has {has}. Lower them, or connect to a cluster with --address."

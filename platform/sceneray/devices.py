@@ -20,16 +20,15 @@ def pick_device(gpu: bool | None = None, index: int = 0) -> torch.device:
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The dtype for mixed precision, or None for plain float32.
 
-    `auto` takes bfloat16 where the hardware multiplies in it: CUDA devices that report it, CPUs with AMX or AVX-512
-    BF16 instructions. Others lose time to the conversions.
+    `auto` takes bfloat16 on CUDA devices that compute in it, and float32 on every CPU: even with AVX-512 BF16, PyTorch
+    2.14's bfloat16 convolutions on channels_last tensors gave other sums from one run to the next, and sometimes NaN.
     """
     if precision == "fp32":
         return None
     if precision == "bf16":
         return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    return torch.bfloat16 if _cpu_flags() & {"amx_bf16", "avx512_bf16"} else None
+    exact = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if exact else None
 
 
 def autocast(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -59,12 +58,3 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            flags = next((line for line in lines if line.startswith("flags")), "")
-    except FileNotFoundError:
-        return set()  # not Linux: no AMX there
-    return set(flags.split())

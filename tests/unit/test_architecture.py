@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -108,6 +109,16 @@ def test_platform_is_a_source_root_and_no_package():
     assert not (ROOT / "platform.py").exists()
     for name in ("jobs", "tune", "serve"):
         assert (ROOT / name / "__init__.py").exists()
+
+
+def test_every_package_is_installed():
+    """pyproject.toml names every package there is, so that an installed copy lacks none; and all settings files."""
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    there = {name for name, path in modules().items() if path.name == "__init__.py"}
+    assert set(setup["packages"]) == there
+    data = {path for name, globs in setup["package-data"].items() for g in globs for path in SOURCES[name].glob(g)}
+    others = {path for name in SOURCES for path in SOURCES[name].rglob("*") if path.is_file() and path.suffix != ".py"}
+    assert {path for path in others if "__pycache__" not in path.parts} == data
 
 
 def test_the_walk_sees_the_whole_house():

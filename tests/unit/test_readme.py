@@ -15,7 +15,7 @@ from jobs.cli import VERBS, arguments_of
 from sceneray import config
 from sceneray.config import TrainSettings
 from serve.api import ApiSettings, create_app
-from tests.documents import blocks, documents
+from tests.documents import FENCE, blocks, documents
 from tests.support import ROOT
 
 COMMANDS = [
@@ -73,7 +73,8 @@ def test_documented_paths_of_the_endpoint_exist():
 def test_links_and_pictures_lead_somewhere():
     """Every relative link in a document names a file of the repository."""
     for path in documents():
-        for target in re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text(encoding="utf-8")):
+        prose = FENCE.sub("", path.read_text(encoding="utf-8"))
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)", prose):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sceneray import storage
 from sceneray.data import plan as plans
+from sceneray.data.cache import ShardCache
+from sceneray.data.images import decode_label
 from sceneray.data.listing import LayoutOptions
 from sceneray.data.plan import Plan, begin, commit, current, make_plan, write
 from sceneray.data.store import Store
 from sceneray.errors import DataError
+from tests.support import shared
 from tests.unit.data.test_folder import write_source
 
 
@@ -62,6 +66,33 @@ def test_the_size_of_a_shard_is_bounded(tmp_path: Path) -> None:
     one = sum(path.stat().st_size for path in (tmp_path / "source").glob("*/train/0.*"))
     plan = make_plan("folder", source, str(tmp_path / "store"), LayoutOptions(), 3.5 * one / 2**20)
     assert [len(shard.items) for shard in plan.shards] == [3, 3, 3, 1, 1]
+
+
+def test_camvid_prepares(tmp_path: Path) -> None:
+    """Six real street photographs become a store that holds their very bytes and their labels."""
+    camvid, source = shared("data/camvid"), tmp_path / "camvid"
+    for split, count in (("train", 4), ("val", 2)):
+        for photo in sorted((camvid / "images" / split).iterdir())[:count]:
+            for file in (photo, camvid / "labels" / split / f"{photo.stem}.png"):
+                copy = source / file.relative_to(camvid)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(file.read_bytes())
+    (source / "classes.json").write_bytes((camvid / "classes.json").read_bytes())
+    plan = make_plan("folder", str(source), str(tmp_path / "store"), LayoutOptions(), 64)
+    for shard in begin(plan):
+        write(shard)
+    store = commit(plan)
+    assert {split: store.rows(split) for split in store.splits} == {"train": 4, "val": 2}
+    assert store.classes[8].name == "car"
+    sample = store.split("train", ShardCache(str(tmp_path / "cache"))).read(3)
+    assert sample.image == (source / f"images/train/{sample.name}.jpg").read_bytes()
+    truth = decode_label((source / f"labels/train/{sample.name}.png").read_bytes())
+    assert np.array_equal(decode_label(sample.label), truth)
+    assert (sample.height, sample.width) == truth.shape == (360, 480)
+    counted = sum(
+        np.bincount(decode_label(f.read_bytes()).ravel(), minlength=256) for f in source.glob("labels/train/*")
+    )
+    assert store.pixel_counts("train").tolist() == counted[:11].tolist()
 
 
 def test_a_changed_plan_says_what_changed(tmp_path: Path) -> None:

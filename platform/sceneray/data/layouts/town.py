@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sceneray.data.images import encode_jpeg, encode_label
 from sceneray.data.listing import Item, LayoutOptions, Listing
 from sceneray.data.store import ClassInfo, Sample
-from sceneray.data.town import CLASSES, draw, scene_seed
+from sceneray.data.town import CLASSES, VERSION, draw, scene_seed
 from sceneray.errors import DataError
 
 JPEG_QUALITY = 95
@@ -33,7 +33,8 @@ def town(source: str | None, options: LayoutOptions) -> Listing:
         ]
         for split, count in counts.items()
     }
-    return Listing(CLASSES, splits, {"seed": options.seed, "size": [height, width], "scenes": counts}, read=read_scene)
+    settings = {"seed": options.seed, "size": [height, width], "scenes": counts, "drawing": VERSION}
+    return Listing(CLASSES, splits, settings, read=read_scene)
 
 
 def read_scene(item: Item, _classes: Sequence[ClassInfo], _ignore_index: int) -> Sample:

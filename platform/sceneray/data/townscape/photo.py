@@ -36,7 +36,8 @@ def develop(
     contrast, lift = rng.uniform(0.85, 1.12), rng.uniform(-10, 14)
     photo = (photo - 118) * contrast + 118 + lift
     photo += rng.standard_normal(photo.shape, dtype=np.float32) * rng.uniform(1.0, 4.0)
-    return np.clip(photo + 0.5, 0, 255).astype(np.uint8)
+    result: NDArray[np.uint8] = np.clip(photo + 0.5, 0, 255).astype(np.uint8)
+    return result
 
 
 def _sky(rng: np.random.Generator, light: Light, rise: Float, shape: tuple[int, ...]) -> Float:

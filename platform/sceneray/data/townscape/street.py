@@ -190,7 +190,7 @@ def _people(rng: np.random.Generator, street: Street) -> list[Place]:
     """Three to seven people, most of them on a pavement, near enough to be seen."""
     places = []
     for _ in range(int(rng.integers(3, 8))):
-        z = 3.2 + 7.5 * rng.random() ** 1.2
+        z = 3.8 + 6.5 * rng.random()
         if rng.random() < 0.75:
             x = float(rng.choice([-1.0, 1.0])) * rng.uniform(street.road + 0.4, street.walls - 0.3)
         else:
