@@ -33,6 +33,8 @@ class LiveLine:
             self._line(
                 f"epoch {row['epoch']:.4g}: val mIoU {row['miou']:.4f}, pixel accuracy {row['pixel_accuracy']:.4f}"
             )
+        elif row["kind"] == "note":
+            self._line(row["text"])
         else:
             self._line("stopping: saving a checkpoint (Ctrl-C again leaves at once)")
 

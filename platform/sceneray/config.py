@@ -163,7 +163,9 @@ class TrainSettings(Settings):
     accumulate: Positive = Field(1, description="forward passes per step; splits the batch to save memory")
     eval_every: Positive = Field(1, description="epochs between evaluations on the val split")
     seed: int = Field(0, ge=0)
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on GPUs that compute in it, else fp32")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 on GPUs that compute in it, else fp32"
+    )
     channels_last: bool = True
     threads: int | None = Field(None, ge=1, description="CPU threads per worker; default: its share of the machine")
     init_from: str | None = Field(None, description="fine-tune: a checkpoint whose network starts this one")

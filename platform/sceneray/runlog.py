@@ -27,9 +27,9 @@ LOGGER = "sceneray"
 
 
 class Parts:
-    """Lines that go up as numbered files below one folder."""
+    """Lines that go up as numbered files below one folder; without a folder yet, they wait."""
 
-    def __init__(self, folder: str, suffix: str) -> None:
+    def __init__(self, folder: str | None, suffix: str) -> None:
         self.folder = folder
         self.suffix = suffix
         self.lines: list[str] = []
@@ -41,7 +41,7 @@ class Parts:
 
     def flush(self) -> None:
         """Write the lines kept so far as the next part."""
-        if not self.lines:
+        if not self.lines or self.folder is None:
             return
         text = "\n".join(self.lines) + "\n"
         storage.write_bytes(storage.join(self.folder, f"part-{self.written:05d}.{self.suffix}"), text.encode())
@@ -140,9 +140,12 @@ def claim_attempt(run: str, about: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def worker_log(run: str, attempt: int, rank: int) -> Iterator[Parts]:
-    """Collect this process's `sceneray` log records into the run folder until the context ends."""
-    parts = Parts(storage.join(run, "logs", f"attempt-{attempt:04d}", f"rank-{rank:03d}"), "log")
+def worker_log() -> Iterator[Parts]:
+    """Collect this process's `sceneray` log records until the context ends.
+
+    They are kept until somebody who knows the attempt gives the parts their folder (`worker_folder`).
+    """
+    parts = Parts(None, "log")
     handler = _PartsHandler(parts)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger(LOGGER)
@@ -160,6 +163,11 @@ def worker_log(run: str, attempt: int, rank: int) -> Iterator[Parts]:
         logger.setLevel(level)
         logger.propagate = propagate
         parts.flush()
+
+
+def worker_folder(run: str, attempt: int, rank: int) -> str:
+    """Where the log of one rank of one attempt goes."""
+    return storage.join(run, "logs", f"attempt-{attempt:04d}", f"rank-{rank:03d}")
 
 
 class _PartsHandler(logging.Handler):

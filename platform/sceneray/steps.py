@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,14 +20,12 @@ from sceneray.config import TrainSettings
 from sceneray.data import order
 from sceneray.data.cache import ShardCache
 from sceneray.data.loader import Batch, sample_order
-from sceneray.data.store import Split, Store
+from sceneray.data.store import ClassInfo, Split, Store
 from sceneray.errors import CheckpointError, TrainingError
 from sceneray.evaluation import evaluate_indices, rank_indices
 from sceneray.metrics import Scores, scores
 from sceneray.models.pspnet import PSPNet, build_model
 from sceneray.models.weights import transfer
-
-log = logging.getLogger("sceneray.steps")
 
 
 def _ignore(_: dict[str, Any]) -> None:
@@ -78,6 +75,7 @@ class TrainState:
     ignore_index: int
     positions: int  # samples of the whole run
     steps: int  # optimizer steps of the whole run
+    notes: list[str] = dataclasses.field(default_factory=list)  # what the run's log should say of its start
     step: int = 0  # steps done
 
     @property
@@ -92,9 +90,10 @@ def create_state(settings: TrainSettings, runtime: Runtime, data: Data) -> Train
     if device.type == "cpu":
         torch.set_num_threads(devices.cpu_threads(settings.threads, runtime.workers_here))
     torch.manual_seed(settings.seed)
+    notes: list[str] = []
     model = build_model(settings.model, len(data.store.classes), load_weights=settings.init_from is None)
     if settings.init_from is not None:
-        start_from(model, settings.init_from)
+        notes.append(start_from(model, settings.init_from, data.store.classes))
     model.to(device)
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -112,13 +111,17 @@ def create_state(settings: TrainSettings, runtime: Runtime, data: Data) -> Train
         ignore_index=data.store.ignore_index,
         positions=positions,
         steps=order.total_steps(positions, settings.batch_size),
+        notes=notes,
     )
 
 
-def start_from(model: PSPNet, url: str) -> None:
-    """Fine-tune: give `model` the tensors of the checkpoint at `url` that fit; what was made anew is logged."""
-    report = transfer(model, checkpoints.load(url).model)
-    log.info("init_from %s: loaded %d tensors; made anew: %s", url, len(report.loaded), ", ".join(report.made_anew))
+def start_from(model: PSPNet, url: str, classes: Sequence[ClassInfo]) -> str:
+    """Fine-tune: start `model` from the checkpoint at `url`; returns a line on what was loaded and what made anew."""
+    saved = checkpoints.load(url)
+    same = [info.name for info in saved.classes] == [info.name for info in classes]
+    report = transfer(model, saved.model, same)
+    anew = ", ".join(report.made_anew) or "nothing"
+    return f"init_from {url}: loaded {len(report.loaded)} tensors, made anew: {anew}"
 
 
 def train_step(state: TrainState, batches: Sequence[Batch], stop: bool = False) -> Tensor:

@@ -36,13 +36,16 @@ def fit(settings: TrainSettings, runtime: Runtime) -> dict[str, Any]:
     Called on every rank. Returns `state` ("finished" or "stopped"), the steps done and the best val mIoU; the whole
     result is in RUN/result.json. Raises TrainingError where the loss is not finite.
     """
-    data = Data.open(settings)
-    state = create_state(settings, runtime, data)
-    resumed = resume(state, data.store)
-    attempt = take_attempt(state, data.store)
-    with runlog.worker_log(settings.run, attempt, runtime.rank) as lines:
-        for line in resumed:
-            log.info(line)
+    with runlog.worker_log() as lines:
+        data = Data.open(settings)
+        state = create_state(settings, runtime, data)
+        state.notes += resume(state, data.store)
+        attempt = take_attempt(state, data.store)
+        lines.folder = runlog.worker_folder(settings.run, attempt, runtime.rank)
+        for note in state.notes:
+            log.info(note)
+            if runtime.rank == 0:
+                runtime.progress({"kind": "note", "text": note})
         session = Session(state, data, attempt, lines)
         try:
             finished = session.train()
@@ -61,7 +64,7 @@ def resume(state: TrainState, store: Store) -> list[str]:
     found = [0, 0] if saved is None else [saved.step, int(saved.state["attempt"])]
     step, attempt = parallel.share_integers(found, state.device, runtime.world_size)
     if step == 0:
-        return [*said, "starting at step 0"]
+        return said
     if saved is None:
         saved = checkpoints.load(storage.join(run, checkpoints.name_of(step, attempt)))
     steps.restore(state, saved, store.digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from sceneray.config import TrainSettings
 from sceneray.data import town
 from sceneray.errors import CheckpointError
 from sceneray.models.pspnet import build_model
+from tests import bundles
 from tests.stores import tiny_settings
+from tests.support import ROOT
 
 
 @pytest.fixture
@@ -150,3 +153,16 @@ def test_what_is_no_checkpoint_says_what_to_give(run: str) -> None:
     for url in (run, storage.join(run, "nothing"), storage.join(run, "notes")):
         with pytest.raises(CheckpointError, match="Give RUN/best"):
             checkpoint.load(url)
+
+
+def test_a_checkpoint_of_version_1_is_read_for_ever(tmp_path: Path) -> None:
+    """The first format's checkpoint, kept as it was written, loads through its pointer and builds the known network."""
+    with zipfile.ZipFile(ROOT / "tests" / "formats" / "checkpoint-v1.zip") as kept:
+        kept.extractall(tmp_path)
+    saved = checkpoint.load(str(tmp_path / "best"))
+    assert (saved.step, saved.state["position"], saved.metrics) == (120, 1920, {"miou": 0.5})
+    assert saved.classes == bundles.CLASSES
+    assert saved.optimizer["head.classifier.weight/momentum_buffer"].unique().tolist() == [0.25]
+    image, mask = bundles.half_bright()
+    answer = checkpoint.build(saved).predict(torch.from_numpy(image).permute(2, 0, 1)[None])[0].numpy()
+    assert bundles.agree(answer, mask)

@@ -63,15 +63,16 @@ def test_worker_log_keeps_the_error_that_ended_it(tmp_path: Path) -> None:
     run = str(tmp_path)
 
     def work() -> None:
-        with runlog.worker_log(run, 3, rank=1):
-            logging.getLogger("sceneray.training").info("hello")
+        with runlog.worker_log() as lines:
+            logging.getLogger("sceneray.training").info("hello, said before the attempt was known")
+            lines.folder = runlog.worker_folder(run, 3, rank=1)
             raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
         work()
     folder = tmp_path / "logs" / "attempt-0003" / "rank-001"
     text = "".join(storage.read_bytes(str(path)).decode() for path in sorted(folder.iterdir()))
-    assert "hello" in text
+    assert "hello, said before the attempt was known" in text
     assert "RuntimeError: broken" in text
 
 

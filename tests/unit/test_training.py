@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sceneray import checkpoint, runlog, steps, storage
 from sceneray.config import TrainSettings
+from sceneray.data import town
 from sceneray.data.loader import Batch, training_loader
 from sceneray.errors import CheckpointError, DataError, TrainingError
 from sceneray.steps import Data
@@ -141,6 +142,10 @@ def test_fine_tuning_keeps_all_but_the_classifier(store: str, tmp_path: Path) ->
     state = steps.create_state(settings, Runtime(), Data.open(settings))
     start = weights(first)
     assert all(torch.equal(tensor, start[name]) for name, tensor in state.model.state_dict().items())
+    assert state.notes[0].endswith("made anew: nothing")
+    renamed = [dataclasses.replace(info, name=f"new {info.name}") for info in town.CLASSES]
+    anew = "head.classifier.weight, head.classifier.bias, aux_head.classifier.weight, aux_head.classifier.bias"
+    assert steps.start_from(state.model, f"{first}/last", renamed).endswith(f"made anew: {anew}")
 
 
 def test_a_missing_split_says_so(store: str, tmp_path: Path) -> None:

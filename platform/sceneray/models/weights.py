@@ -63,16 +63,15 @@ def load_backbone(backbone: Backbone, weights: str | None) -> BackboneReport:
     return BackboneReport(tuple(name for name in own if name in state), ignored)
 
 
-def transfer(model: nn.Module, state: Mapping[str, Tensor]) -> TransferReport:
-    """Start `model` (a PSPNet) from the tensors of another one, which may have other classes.
+def transfer(model: nn.Module, state: Mapping[str, Tensor], same_classes: bool) -> TransferReport:
+    """Start `model` (a PSPNet) from the tensors of another one.
 
-    Every tensor whose name and shape agree is loaded. The 1×1 convolutions to the classes keep their random values
-    where the number of classes differs. Raises CheckpointError, and changes nothing, where anything else disagrees.
+    Without `same_classes` the 1×1 convolutions to the classes keep their random values, also where their number is
+    equal: what they knew were other things. All other tensors are loaded. Raises CheckpointError, and changes nothing,
+    where a name or a shape of those disagrees.
     """
     own = model.state_dict()
-    anew = [
-        name for name in own if name.startswith(_PER_CLASS) and name in state and state[name].shape != own[name].shape
-    ]
+    anew = [] if same_classes else [name for name in own if name.startswith(_PER_CLASS)]
     kept = {name: tensor for name, tensor in state.items() if name not in anew}
     rest = {name: tensor for name, tensor in own.items() if name not in anew}
     _check(rest, kept, "the checkpoint is of another network", "Use the model settings in its config.yaml.")

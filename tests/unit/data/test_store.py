@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ import pytest
 
 from sceneray import storage
 from sceneray.data.cache import ShardCache
-from sceneray.data.images import encode_jpeg, encode_label
+from sceneray.data.images import decode_image, decode_label, encode_jpeg, encode_label
 from sceneray.data.store import ClassInfo, Sample, Store, shard_name, write_manifest, write_shard
 from sceneray.errors import DataError, StorageError
+from tests.support import ROOT
 
 CLASSES = (ClassInfo(0, "wall", (1, 2, 3)), ClassInfo(1, "floor", (4, 5, 6)), ClassInfo(2, "lamp", (7, 8, 9)))
 
@@ -175,3 +177,17 @@ def test_a_lost_or_damaged_shard_is_found_when_it_is_read(tmp_path: Path, cache:
         split.read(0)
     with pytest.raises(StorageError, match="is in the store's manifest but is missing"):
         split.read(4)
+
+
+def test_a_store_of_version_1_is_read_for_ever(tmp_path: Path, cache: ShardCache) -> None:
+    """The first format's store, kept as it was written, gives its three scenes."""
+    with zipfile.ZipFile(ROOT / "tests" / "formats" / "store-v1.zip") as kept:
+        kept.extractall(tmp_path)
+    store = Store.open(str(tmp_path))
+    assert {split: store.rows(split) for split in store.splits} == {"train": 2, "val": 1}
+    assert [info.name for info in store.classes][:3] == ["sky", "building", "road"]
+    scene = store.split("val", cache).read(0)
+    assert (scene.name, scene.height, scene.width) == ("val-0", 40, 72)
+    assert decode_image(scene.image).shape == (40, 72, 3)
+    counted = np.bincount(decode_label(scene.label).ravel(), minlength=len(store.classes))
+    assert counted.tolist() == store.pixel_counts("val").tolist()

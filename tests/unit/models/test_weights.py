@@ -185,11 +185,13 @@ def test_imagenet_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch:
         load_backbone(backbone(0), "imagenet")
 
 
-def test_transfer_to_other_classes_makes_the_classifiers_anew() -> None:
-    """From 5 to 3 classes all but the two 1×1 convolutions is loaded, and those are listed and keep their values."""
-    source, target = network(1, 5).state_dict(), network(2, 3)
+@pytest.mark.parametrize("classes", [3, 5])
+def test_transfer_to_other_classes_makes_the_classifiers_anew(classes: int) -> None:
+    """All but the two 1×1 convolutions is loaded, and those are listed and keep their values, though their number may
+    be the same: what they knew were other things."""
+    source, target = network(1, classes).state_dict(), network(2, 3)
     fresh = network(2, 3).state_dict()
-    report = transfer(target, source)
+    report = transfer(target, source, same_classes=False)
     anew = [f"{head}.classifier.{kind}" for head in ("head", "aux_head") for kind in ("weight", "bias")]
     assert list(report.made_anew) == anew
     assert {*report.loaded, *anew} == target.state_dict().keys()
@@ -198,9 +200,9 @@ def test_transfer_to_other_classes_makes_the_classifiers_anew() -> None:
 
 
 def test_transfer_to_the_same_classes_loads_all() -> None:
-    """With the same number of classes nothing is made anew."""
+    """With the same classes nothing is made anew."""
     source, target = network(1, 3).state_dict(), network(2, 3)
-    report = transfer(target, source)
+    report = transfer(target, source, same_classes=True)
     assert report.made_anew == ()
     for name, tensor in target.state_dict().items():
         assert torch.equal(tensor, source[name]), name
@@ -211,7 +213,7 @@ def test_transfer_between_other_networks_is_refused() -> None:
     target = network(2, 3)
     for source in (network(1, 3, head_width=16), network(1, 3, bins=(1, 2)), network(1, 3, backbone="resnet18")):
         with pytest.raises(CheckpointError, match="of another network"):
-            transfer(target, source.state_dict())
+            transfer(target, source.state_dict(), same_classes=True)
     before = network(2, 3).state_dict()
     for name, tensor in target.state_dict().items():
         assert torch.equal(tensor, before[name]), name

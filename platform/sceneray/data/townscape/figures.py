@@ -86,7 +86,7 @@ def tree(canvas: Canvas, rng: np.random.Generator, light: Light, x: float, z: fl
     base = rng.uniform(2.0, 3.2)
     middle = base + radius * rng.uniform(0.75, 1.1)
     tones = [
-        canvas.paint(scale(leaf, k), TREE, rough, board.depth) for k, rough in ((0.58, 0.4), (0.86, 0.4), (1.16, 0.4))
+        canvas.paint(scale(leaf, k), TREE, rough, board.depth) for k, rough in ((0.64, 0.42), (0.9, 0.42), (1.18, 0.42))
     ]
     stem = canvas.paint(scale(bark, light.ahead), TREE, 0.15, board.depth)
     board.contact(trunk)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sceneray.data.townscape.canvas import Canvas, Color, Point, mix, scale
-from sceneray.data.townscape.look import BODIES, BUILDING, CLOTHES, WALLS, Light, pick
+from sceneray.data.townscape.look import BODIES, BUILDING, CLOTHES, LEAVES, WALLS, Light, pick
 
 
 def building(
@@ -16,7 +16,7 @@ def building(
 ) -> None:
     """A house on one `side` (-1 left, 1 right): the facade at `x` from `z0` to `z1`, and the wall facing the camera."""
     depth = max(z0, 0.0)
-    wall = pick(rng, WALLS)
+    wall = _wall_color(rng, light)
     across = x + side * rng.uniform(8, 14)
     facing = light.left if side < 0 else light.right
     rough = rng.uniform(0.01, 0.05)
@@ -67,6 +67,16 @@ class Wall:
         along, up = np.array(self.along), np.array([0.0, 1.0, 0.0])
         corners = [(first, low), (last, low), (last, high), (first, high)]
         return np.stack([np.array(self.origin) + s[:, None] * along + y[:, None] * up for s, y in corners], axis=1)
+
+
+def _wall_color(rng: np.random.Generator, light: Light) -> Color:
+    """Mostly plaster, brick and stone; now and then as green or brown as a tree, or as pale as the sky above."""
+    kind = rng.random()
+    if kind < 0.14:
+        return pick(rng, LEAVES)
+    if kind < 0.24:
+        return mix(light.zenith, light.horizon, rng.uniform(0.3, 1.0))
+    return pick(rng, WALLS)
 
 
 def _pitched_roof(

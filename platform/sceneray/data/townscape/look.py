@@ -28,8 +28,8 @@ BODIES: tuple[Color, ...] = (
     (132, 110, 84), (176, 160, 124), (92, 112, 128), (104, 44, 46), (120, 132, 108), (196, 150, 60),
 )  # fmt: skip
 CLOTHES: tuple[Color, ...] = (
-    (60, 62, 70), (120, 118, 116), (176, 172, 164), (160, 50, 44), (54, 76, 132), (80, 108, 68), (134, 104, 76),
-    (94, 116, 140), (180, 142, 72), (42, 44, 50), (200, 196, 192), (120, 66, 94), (64, 108, 112),
+    (60, 62, 70), (120, 118, 116), (176, 172, 164), (154, 52, 46), (56, 78, 128), (82, 106, 68), (134, 104, 76),
+    (96, 116, 136), (176, 142, 76), (42, 44, 50), (200, 196, 192), (116, 68, 92), (146, 122, 98),
 )  # fmt: skip
 MASTS: tuple[Color, ...] = (
     (96, 98, 100), (60, 64, 66), (134, 134, 132), (74, 88, 74), (112, 92, 76), (160, 156, 148), (84, 92, 108),
@@ -77,14 +77,14 @@ def make_light(rng: np.random.Generator) -> Light:
         lit, dim = 1.12, rng.uniform(0.62, 0.8)
         left, right = (lit, dim) if sun_side > 0 else (dim, lit)
         cast = (-sun_side * rng.uniform(0.4, 1.4), rng.uniform(-0.5, 0.7))
-        zenith = mix((64, 112, 172), (120, 150, 180), rng.random())
-        horizon = mix((168, 196, 216), (216, 214, 204), rng.random())
+        zenith = mix((56, 98, 152), (112, 138, 164), rng.random())
+        horizon = mix((146, 172, 192), (202, 200, 190), rng.random())
         return Light(
             scale((1.04, 1.0, 0.94), gain), left, right, rng.uniform(0.75, 1.05), rng.uniform(0.5, 0.68), cast,
             zenith, horizon, (240, 240, 238), rng.uniform(0.0, 0.75), rng.uniform(0.001, 0.006), False,
         )  # fmt: skip
     if kind == "overcast":
-        grey = rng.uniform(120, 214)
+        grey = rng.uniform(100, 196)
         zenith, horizon = (grey * 0.92, grey * 0.95, grey), (grey, grey, grey * 0.99)
         return Light(
             scale((0.94, 0.97, 1.0), gain), 0.94, 0.9, 0.9, 1.0, (sun_side * 0.1, 0.0), zenith, horizon,

@@ -38,7 +38,7 @@ def make_camera(rng: np.random.Generator, street: Street, rows: int, columns: in
     x = rng.uniform(-reach, reach)
     yaw = rng.uniform(-0.28, 0.28) - 0.035 * x
     focal = columns * rng.uniform(0.78, 1.15)
-    pitch = rng.uniform(-0.14, 0.16)
+    pitch = rng.uniform(-0.17, 0.19)
     return Camera(rows, columns, focal, x, rng.uniform(1.35, 3.0), yaw, pitch, rng.normal(0, 0.03))
 
 
@@ -190,7 +190,7 @@ def _people(rng: np.random.Generator, street: Street) -> list[Place]:
     """Three to seven people, most of them on a pavement, near enough to be seen."""
     places = []
     for _ in range(int(rng.integers(3, 8))):
-        z = 3.8 + 6.5 * rng.random()
+        z = 3.6 + 5.4 * rng.random()
         if rng.random() < 0.75:
             x = float(rng.choice([-1.0, 1.0])) * rng.uniform(street.road + 0.4, street.walls - 0.3)
         else:
