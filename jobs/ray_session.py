@@ -36,7 +36,7 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
     try:
         # Progress and errors come back as values; Ray's own lines and its workers' are for who debugs.
         ray.init(**options, log_to_driver=bool(os.environ.get(DEBUG_VARIABLE)), logging_level="warning")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         where = address or "a private local Ray"
         raise ScenerayError(f"cannot reach {where}: {error}. Check --address, RAY_AUTH_MODE and the token.") from error
     if threading.current_thread() is threading.main_thread():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -144,6 +145,36 @@ def test_killed_and_interrupted_runs_end_with_the_clean_runs_bits(store: str, tm
     assert [record["attempt"] for record in records] == [1, 2, 3]
     assert 0 < records[1]["from_step"] <= records[2]["from_step"] == stopped_at < result["steps"]
     assert same_bits(clean, rough)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("seed", range(3))
+def test_many_kills_end_with_the_clean_runs_bits(store: str, tmp_path: Path, here: None, seed: int) -> None:
+    """Three kill -9 on either worker at random moments of one run: its final weights are the clean run's, and every
+    committed checkpoint verifies."""
+    from jobs.train import train
+
+    rng = random.Random(seed)
+    length = ("epochs=8", "eval_every=8", "log.contact_sheet=0", "save.keep=100")
+    clean, rough = str(tmp_path / "clean"), str(tmp_path / "rough")
+    train(settings_of(store, clean, *length))
+    command = Command(settings_of(store, rough, *length), tmp_path)
+    for kill in range(1, 4):
+        seen = len(checkpoint.names(rough)) + rng.randint(1, 3)
+        command.until(lambda attempts=kill, wanted=seen: reached(rough, attempts, wanted))  # type: ignore[misc]
+        os.kill(rng.choice(command.workers()), signal.SIGKILL)
+    assert command.wait() == 0, command.text()
+    assert same_bits(clean, rough)
+    committed = [name for name in checkpoint.names(rough) if storage.open_committed(f"{rough}/{name}") is not None]
+    for name in committed:
+        checkpoint.load(f"{rough}/{name}")
+    starts = [record["from_step"] for record in runlog.attempts(rough)]
+    print(f"seed {seed}: 3 kills, attempts from steps {starts}, {len(committed)} committed checkpoints verified")
+
+
+def reached(run: str, attempts: int, checkpoints: int) -> bool:
+    """True once a run had so many attempts and has so many checkpoint folders."""
+    return len(runlog.attempts(run)) >= attempts and len(checkpoint.names(run)) >= checkpoints
 
 
 def test_the_same_command_again_finds_a_finished_run(store: str, tmp_path: Path, here: None) -> None:
