@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import os
 import signal
@@ -40,6 +41,8 @@ def main_of(verb: str, argv: Sequence[str] | None = None) -> int:
     """Parse `argv` for one verb, run it, and return the exit code (0: it did what it was asked)."""
     module = importlib.import_module(VERBS[verb])
     args = arguments_of(verb, argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # in a log, answers stand between the progress they belong to
     if args.debug:
         os.environ[DEBUG_VARIABLE] = "1"
     # SIGTERM (a scheduler, `kill`) stops a verb as cleanly as Ctrl-C does.
