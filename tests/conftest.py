@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,9 @@ def _plain_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         for name in list(os.environ):
             if name.startswith("AWS_") or name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
                 patch.delenv(name)
+        # Before anything imports ray, which reads the mode once: the cloud tests do, long before the first session.
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # A bucket that is not the test's own must fail at once, not after asking a cloud's metadata service.
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
