@@ -56,16 +56,7 @@ def prepare_run(settings: TrainSettings) -> TrainSettings:
 
 def with_full_paths(settings: TrainSettings) -> TrainSettings:
     """Relative paths made absolute: workers run in folders of their own."""
-    data = settings.data
-    cache = None if data.cache is None else storage.absolute(data.cache)
-    data = data.model_copy(update={"store": storage.absolute(data.store), "cache": cache})
-    start = None if settings.init_from is None else storage.absolute(settings.init_from)
-    weights = settings.model.weights
-    if weights not in (None, "imagenet"):
-        weights = storage.absolute(weights)
-    model = settings.model.model_copy(update={"weights": weights})
-    run = storage.absolute(settings.run)
-    return settings.model_copy(update={"run": run, "data": data, "model": model, "init_from": start})
+    return config.map_files(settings, lambda _, url: storage.absolute(url))
 
 
 def launch(settings: TrainSettings, on_progress: Progress, check_only: bool = False) -> dict[str, Any]:
