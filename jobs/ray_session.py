@@ -11,10 +11,13 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
+
 from jobs.cli import DEBUG_VARIABLE, say
 from sceneray.errors import ScenerayError
 
 API_SERVER = "RAY_API_SERVER_ADDRESS"
+END_TIMEOUT_S = 20.0
 
 
 @contextlib.contextmanager
@@ -32,6 +35,7 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
         yield
         return
     options, server = _private_options(cpus) if address is None else ({"address": address}, None)
+    others = set(_children())
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         # Progress and errors come back as values; Ray's own lines and its workers' are for who debugs.
@@ -45,9 +49,28 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
     try:
         yield
     finally:
+        started = set(_children()) - others
         ray.shutdown()
+        _end(started)
         if server is not None:
             os.environ.pop(API_SERVER, None)
+
+
+def _children() -> list[psutil.Process]:
+    """Every process below this one."""
+    return psutil.Process().children(recursive=True)
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    """Wait until `processes` are gone; kill what still stands after a while.
+
+    ray.shutdown() returns while its workers are only about to notice that their raylet went.
+    """
+    _, alive = psutil.wait_procs(processes, timeout=END_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=END_TIMEOUT_S)
 
 
 def _set_environment(private: bool) -> None:
