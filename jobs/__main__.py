@@ -34,7 +34,7 @@ def usage() -> str:
     lines = ["sceneray: scene parsing on Ray.", "", "usage: sceneray VERB ...   (sceneray VERB --help says more)", ""]
     for verb, module in VERBS.items():
         words = _constants(module)
-        lines += [f"  {verb:<9} {words['HELP']}", f"  {'':<9}   {words['EXAMPLE']}"]
+        lines += [f"  {verb:<11} {words['HELP']}", f"  {'':<11}   {words['EXAMPLE']}"]
     return "\n".join(lines)
 
 

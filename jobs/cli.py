@@ -26,12 +26,15 @@ VERBS = {
     "demo": "jobs.demo",
     "prepare": "jobs.prepare",
     "train": "jobs.train",
+    "runs": "jobs.runs",
+    "checkpoints": "jobs.checkpoints",
     "tune": "tune.search",
     "evaluate": "jobs.evaluate",
     "export": "jobs.export",
     "predict": "jobs.predict",
     "serve": "jobs.serve",
     "submit": "jobs.submit",
+    "watch": "jobs.watch",
 }
 EXIT_INTERRUPTED = 130
 DEBUG_VARIABLE = "SCENERAY_DEBUG"  # set by --debug, so that what a verb starts shows its logs too

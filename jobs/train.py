@@ -36,25 +36,25 @@ def train(settings: TrainSettings, address: str | None = None, check_only: bool 
     """Train `settings.run` and print where its result is."""
     from sceneray.devices import usable_cores
 
-    needed = math.ceil(settings.workers * settings.resources.cpus)
+    needed = math.ceil(settings.min_workers * settings.resources.cpus)
     with ray_session(address, cpus=max(needed, usable_cores())):
         from sceneray.ray_train import launch
 
         with LiveLine() as line:
             result = launch(settings, line, check_only)
     if check_only:
-        print(_findings(result, settings.workers))
+        print(_findings(result))
     else:
         say(f"pictures: {result['run']}/pictures")
         print(f"best val mIoU {result['miou']:.4f} at step {result['best']['step']}: {result['run']}/best")
     return result
 
 
-def _findings(result: dict[str, Any], workers: int) -> str:
+def _findings(result: dict[str, Any]) -> str:
     seconds, memory = result["seconds_per_step"], result["peak_memory_bytes"] / 2**20
     return (
-        f"checked: {result['train_images']} train and {result['val_images']} val images; {workers} workers on "
-        f"{result['device']}, {memory:.0f} MiB each; {seconds:.2f} s a step, so {result['steps']} steps take about "
+        f"checked: {result['train_images']} train and {result['val_images']} val images; {result['workers']} workers "
+        f"on {result['device']}, {memory:.0f} MiB each; {seconds:.2f} s a step, so {result['steps']} steps take about "
         f"{duration(result['estimated_seconds'])}, evaluation aside"
     )
 

@@ -84,8 +84,9 @@ def train_trial(arguments: Mapping[str, Any]) -> None:
     """What the process of one trial runs: the very same `fit` as `sceneray train`."""
     from ray import tune
 
-    from sceneray.ray_train import prepare_run
-    from sceneray.training import RESULT, Runtime, fit
+    from sceneray.run_folder import prepare_run
+    from sceneray.status import RESULT
+    from sceneray.training import Runtime, fit
 
     settings = TrainSettings.model_validate(arguments["trial"]["settings"])
     try:
@@ -125,7 +126,7 @@ class Follower:
 
     def end(self, trial: str, failure: str | None) -> None:
         """A trial ended: by itself, by the scheduler, or with a failure."""
-        from sceneray.training import RESULT
+        from sceneray.status import RESULT
 
         record = self.records[trial]
         if failure is not None:

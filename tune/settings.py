@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from sceneray import config, storage
-from sceneray.config import Positive, Settings, TrainSettings, known_in
+from sceneray.config import TrainSettings
+from sceneray.config_base import Positive, Settings, known_in
 from sceneray.errors import ConfigError
 from tune import spaces
 

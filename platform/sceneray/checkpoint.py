@@ -1,6 +1,7 @@
 """Committed checkpoints (interface 3): a folder written file by file and made to exist by its manifest, last.
 
     RUN/checkpoints/step-00000120-a001/   model.safetensors optimizer.safetensors state.json config.yaml manifest.json
+                                          and ema.safetensors where an average of the weights is kept
     RUN/last, RUN/best                    pointers: small JSON files that name one of those folders
 
 What exists is decided by the store alone. A checkpoint carries the attempt that wrote it: a lower attempt (a worker
@@ -10,9 +11,8 @@ group that a controller gave up but that still runs) never moves a pointer and n
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -25,11 +25,15 @@ from sceneray.config import TrainSettings
 from sceneray.data.store import ClassInfo
 from sceneray.errors import CheckpointError, ConflictError, StorageError
 from sceneray.models.pspnet import PSPNet, build_model
+from sceneray.retention import FOLDER as FOLDER
+from sceneray.retention import FORMAT as FORMAT
+from sceneray.retention import VERSION as VERSION
+from sceneray.retention import name_of as name_of
+from sceneray.retention import names as names
+from sceneray.retention import prune as prune
+from sceneray.retention import resolve as resolve
 
-FORMAT = "sceneray-checkpoint"
-VERSION = 1
-FOLDER = "checkpoints"
-_NAME = re.compile(r"step-(\d{8,})-a(\d{3,})")
+EMA = "ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]  # "parameter name/state name"
     state: dict[str, Any]
     settings: TrainSettings
+    ema: dict[str, Tensor] = field(default_factory=dict)  # averaged weights by name; empty where no average is kept
 
     @property
     def step(self) -> int:
@@ -85,8 +90,12 @@ def save(
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
     settings: TrainSettings,
+    ema: Mapping[str, Tensor] | None = None,
 ) -> str:
-    """Commit a checkpoint of `run` and return its name below RUN. `state` holds at least `step` and `attempt`."""
+    """Commit a checkpoint of `run` and return its name below RUN. `state` holds `step`, `attempt` and `metrics`.
+
+    Every file is read back before the checkpoint exists; raises StorageError where one is not what was written.
+    """
     name = name_of(state["step"], state["attempt"])
     files = {
         "model.safetensors": _tensor_bytes(model),
@@ -94,13 +103,12 @@ def save(
         "state.json": json.dumps(dict(state), indent=1, sort_keys=True).encode(),
         "config.yaml": config.dump(settings).encode(),
     }
-    storage.commit(storage.join(run, name), files, {"format": FORMAT, "version": VERSION})
+    if ema:
+        files[EMA] = _tensor_bytes(ema)
+    # Those who list or prune need no more than this: one small read a checkpoint.
+    brief = {"step": state["step"], "attempt": state["attempt"], "miou": state["metrics"].get("miou")}
+    storage.commit(storage.join(run, name), files, {"format": FORMAT, "version": VERSION, **brief}, verify=True)
     return name
-
-
-def name_of(step: int, attempt: int) -> str:
-    """The name below RUN of the checkpoint that `attempt` wrote after `step` steps."""
-    return f"{FOLDER}/step-{step:08d}-a{attempt:03d}"
 
 
 def load(url: str) -> Checkpoint:
@@ -126,37 +134,20 @@ def load(url: str) -> Checkpoint:
             optimizer=safetensors.torch.load(committed.read("optimizer.safetensors")),
             state=json.loads(committed.read("state.json")),
             settings=TrainSettings.model_validate(yaml.safe_load(committed.read("config.yaml"))),
+            ema=safetensors.torch.load(committed.read(EMA)) if EMA in committed.manifest["files"] else {},
         )
     except (StorageError, SafetensorError) as error:
         raise CheckpointError(f"{error} Use another checkpoint of the run: RUN/{FOLDER} lists them.") from error
 
 
-def resolve(url: str) -> str:
-    """The folder that `url` means: itself, or where the pointer at `url` leads."""
-    url = storage.absolute(url)
-    if not storage.is_file(url):
-        return url
-    pointer = storage.read_json(url)
-    if not isinstance(pointer, dict) or "checkpoint" not in pointer:
-        raise CheckpointError(f"{url} is a file but no pointer to a checkpoint. Give RUN/best, RUN/last or a folder.")
-    run = url.rsplit("/", 1)[0]
-    return storage.join(run, pointer["checkpoint"])
-
-
 def build(checkpoint: Checkpoint) -> PSPNet:
-    """The network of a checkpoint, in evaluation mode on the CPU."""
+    """The network of a checkpoint, in evaluation mode on the CPU.
+
+    Where an average of the weights is kept, it is the network: it was scored, and it is what is exported.
+    """
     model = build_model(checkpoint.settings.model, len(checkpoint.classes), load_weights=False)
-    model.load_state_dict(checkpoint.model, strict=True)
+    model.load_state_dict({**checkpoint.model, **checkpoint.ema}, strict=True)
     return model.eval()
-
-
-def names(run: str) -> list[str]:
-    """Names below RUN of all checkpoint folders, committed or not, oldest first."""
-    found = [
-        (match, name) for name in storage.list_names(storage.join(run, FOLDER)) if (match := _NAME.fullmatch(name))
-    ]
-    found.sort(key=lambda item: (int(item[0][1]), int(item[0][2])))
-    return [f"{FOLDER}/{name}" for _, name in found]
 
 
 def newest(run: str, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -197,26 +188,6 @@ def point(run: str, pointer: str, name: str, state: Mapping[str, Any], better: b
             return True
         except ConflictError:
             continue  # somebody moved it between our read and our write: look again
-
-
-def prune(run: str, keep: int, attempt: int) -> list[str]:
-    """Remove all but the newest `keep` committed checkpoints and those that RUN/best and RUN/last name.
-
-    Nothing is removed where a later attempt has written a checkpoint. Returns the names removed.
-    """
-    every = names(run)
-    if any(int(_NAME.fullmatch(storage.basename(name))[2]) > attempt for name in every):  # type: ignore[index]
-        return []
-    pointed = set()
-    for pointer in ("best", "last"):
-        if storage.is_file(storage.join(run, pointer)):
-            pointed.add(storage.read_json(storage.join(run, pointer))["checkpoint"])
-    removed = [name for name in every[: max(0, len(every) - keep)] if name not in pointed]
-    for name in removed:
-        # The manifest first: a folder that is half removed must not look whole.
-        storage.remove(storage.join(run, name, storage.MANIFEST))
-        storage.remove(storage.join(run, name))
-    return removed
 
 
 def _above(new: float | None, old: float | None) -> bool:

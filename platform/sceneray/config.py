@@ -6,38 +6,17 @@ are checked against that registry's dict, so a new entry there is allowed here w
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from sceneray import storage
+from sceneray.config_base import Fraction, Positive, Settings, known_in
 from sceneray.config_errors import explain
-from sceneray.errors import ConfigError, unknown_name
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-
-
-def known_in(registry: str) -> Callable[[str], str]:
-    """A validator that accepts the keys of the dict at `module:NAME`, imported when a value is checked."""
-
-    def check(name: str) -> str:
-        module, attribute = registry.split(":")
-        entries = getattr(importlib.import_module(module), attribute)
-        if name not in entries:
-            raise ValueError(unknown_name(attribute.lower().rstrip("s"), name, entries))
-        return name
-
-    return check
-
-
-class Settings(BaseModel):
-    """Base of all settings: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from sceneray.config_run import CostSettings, LogSettings, ResourceSettings, SaveSettings, worker_range
+from sceneray.errors import ConfigError
 
 
 class DataSettings(Settings):
@@ -123,31 +102,6 @@ class LossSettings(Settings):
     )
 
 
-class SaveSettings(Settings):
-    """When checkpoints are committed and how many stay."""
-
-    every_steps: int | None = Field(None, ge=1, description="also commit between evaluations, every so many steps")
-    keep: Positive = Field(3, description="newest checkpoints kept; the best one always stays")
-
-
-class LogSettings(Settings):
-    """How often metrics are written."""
-
-    every_steps: Positive = 10
-    tensorboard: bool = True
-    contact_sheet: int = Field(6, ge=0, description="rows of photo | truth | prediction in the picture at the end")
-
-
-class ResourceSettings(Settings):
-    """What one training worker asks of the cluster."""
-
-    gpu: bool | None = Field(None, description="default: use GPUs where the cluster has enough")
-    cpus: float = Field(1.0, gt=0)
-    start_timeout_s: float = Field(60.0, gt=0, description="wait this long for a worker group to start")
-    start_attempts: Positive = Field(5, description="give up after so many failed starts")
-    max_failures: int = Field(8, ge=-1, description="worker failures survived; -1: without end")
-
-
 class TrainSettings(Settings):
     """Everything `sceneray train` needs. The resolved tree is written to RUN/config.yaml."""
 
@@ -163,26 +117,50 @@ class TrainSettings(Settings):
     accumulate: Positive = Field(1, description="forward passes per step; splits the batch to save memory")
     eval_every: Positive = Field(1, description="epochs between evaluations on the val split")
     seed: int = Field(0, ge=0)
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 on GPUs that compute in it, else fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 on GPUs that compute in it, else fp32; fp16 scales the loss"
     )
     channels_last: bool = True
+    compile: bool = Field(False, description="torch.compile the network: gains on GPUs, after minutes of compiling")
+    deterministic: bool = Field(False, description="GPU: only algorithms that repeat bit for bit; slower")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of an average of the weights, which is then evaluated and exported"
+    )
+    profile: bool = Field(False, description="time the stages of some steps, and write a trace to RUN/profile")
     threads: int | None = Field(None, ge=1, description="CPU threads per worker; default: its share of the machine")
     init_from: str | None = Field(None, description="fine-tune: a checkpoint whose network starts this one")
-    workers: Positive = Field(2, description="training processes (DDP ranks)")
+    workers: Annotated[int | str, AfterValidator(worker_range)] = Field(
+        2, description="training processes (DDP ranks); '1-8': as many of those as the cluster has room for"
+    )
     resources: ResourceSettings = ResourceSettings()
+    cost: CostSettings = CostSettings()
     save: SaveSettings = SaveSettings()
     log: LogSettings = LogSettings()
 
     @model_validator(mode="after")
     def _batch_reaches_every_worker(self) -> TrainSettings:
-        parts = self.workers * self.accumulate
+        parts = self.max_workers * self.accumulate
         if self.batch_size < parts:
             raise ValueError(
-                f"batch_size ({self.batch_size}) must be at least workers × accumulate ({self.workers} × "
+                f"batch_size ({self.batch_size}) must be at least workers × accumulate ({self.max_workers} × "
                 f"{self.accumulate} = {parts}); raise batch_size or lower workers"
             )
         return self
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers the run may have."""
+        return int(str(self.workers).partition("-")[0])
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers the run may have."""
+        return int(str(self.workers).rpartition("-")[2])
+
+    @property
+    def elastic(self) -> bool:
+        """True where the number of workers may change while the run goes on."""
+        return self.min_workers != self.max_workers
 
 
 # Settings that do not change what is learned: a run may be resumed with other values of these.
@@ -191,6 +169,8 @@ RESUMABLE_WITH_OTHER = (
     "resources",
     "save",
     "log",
+    "cost",
+    "profile",
     "threads",
     "data.loader_workers",
     "data.cache",

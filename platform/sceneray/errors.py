@@ -48,6 +48,10 @@ class CheckpointError(ScenerayError):
     """A checkpoint is missing, incomplete, damaged or of another shape."""
 
 
+class SupersededError(ScenerayError):
+    """A later attempt has taken over the run: this one has nothing more to say in it."""
+
+
 class BundleError(ScenerayError):
     """A bundle is missing, incomplete, damaged or of another format version."""
 

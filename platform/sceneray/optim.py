@@ -36,14 +36,33 @@ def param_groups(model: PSPNet, settings: OptimizerSettings) -> Groups:
 
 def sgd(groups: Groups, settings: OptimizerSettings) -> Optimizer:
     """Stochastic gradient descent with momentum, without Nesterov."""
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.SGD(
+        groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=_fused(groups)
+    )
+    if settings.momentum:
+        # What PyTorch does at the first step, but there a fused step that GradScaler skips (fp16 overflowed) leaves
+        # the buffers it just made unwritten.
+        for group in groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def adamw(groups: Groups, settings: OptimizerSettings) -> Optimizer:
     """Adam with decoupled weight decay (Loshchilov & Hutter, ICLR 2019); `momentum` is beta1, beta2 is 0.999."""
     return torch.optim.AdamW(
-        groups, lr=settings.lr, betas=(settings.momentum, 0.999), weight_decay=settings.weight_decay
+        groups,
+        lr=settings.lr,
+        betas=(settings.momentum, 0.999),
+        weight_decay=settings.weight_decay,
+        fused=_fused(groups),
     )
+
+
+def _fused(groups: Groups) -> bool | None:
+    """One kernel over all parameters where the device has one: PyTorch has it for CUDA and CPUs."""
+    types = {parameter.device.type for group in groups for parameter in group["params"]}
+    return True if types <= {"cuda", "cpu"} else None
 
 
 OPTIMIZERS: dict[str, Callable[[Groups, OptimizerSettings], Optimizer]] = {"sgd": sgd, "adamw": adamw}

@@ -14,6 +14,7 @@ from sceneray import checkpoint, storage
 from sceneray.data.images import decode_image, decode_label, encode_jpeg
 from sceneray.data.store import ClassInfo, Split
 from sceneray.masks import colour_table
+from sceneray.models.pspnet import PSPNet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,14 +49,24 @@ def write_curves(run: str, rows: Sequence[Mapping[str, Any]]) -> None:
 def write_contact_sheet(run: str, split: Split, rows: int) -> None:
     """Write RUN/pictures/contact_sheet.jpg: `rows` images spread over the split, as the best checkpoint sees them."""
     best = checkpoint.load(storage.join(run, "best"))
-    model = checkpoint.build(best)
+    data = sheet_of(checkpoint.build(best), split, best.classes, rows)
+    storage.write_bytes(storage.join(run, CONTACT_SHEET), data)
+
+
+def sheet_of(
+    model: PSPNet, split: Split, classes: Sequence[ClassInfo], rows: int, device: torch.device | str = "cpu"
+) -> bytes:
+    """A contact sheet as JPEG: `rows` images spread over the split, as `model`, which is on `device`, sees them."""
+    was_training = model.training
+    model.eval()
     lines = []
     for index in np.unique(np.linspace(0, len(split) - 1, rows).round().astype(int)):
         sample = split.read(int(index))
         image, truth = decode_image(sample.image), decode_label(sample.label)
-        prediction = model.predict(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])[0].numpy()
-        lines.append((image, truth, prediction))
-    storage.write_bytes(storage.join(run, CONTACT_SHEET), encode_jpeg(contact_sheet(lines, best.classes), 90))
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(device)
+        lines.append((image, truth, model.predict(pixels)[0].cpu().numpy()))
+    model.train(was_training)
+    return encode_jpeg(contact_sheet(lines, classes), 90)
 
 
 def contact_sheet(

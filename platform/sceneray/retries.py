@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -11,11 +12,16 @@ from sceneray.errors import ConflictError, StorageError
 
 ATTEMPTS = 6
 FIRST_WAIT_S = 0.3
+LONGEST_WAIT_S = 15.0
 
 # These are answers, not faults: asking again gives the same answer.
 _ANSWERS = (ConflictError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
+# What a network does to an S3 client is no OSError in these: no route, no credentials, an answer cut short.
+_CLIENTS = ("botocore.", "aiobotocore.", "aiohttp.", "urllib3.")
+
 T = TypeVar("T")
+log = logging.getLogger("sceneray.retries")
 
 
 def retry(what: str, action: Callable[[], T]) -> T:
@@ -35,10 +41,31 @@ def retry(what: str, action: Callable[[], T]) -> T:
                 raise
             if attempt == ATTEMPTS:
                 raise StorageError(f"{what} failed {ATTEMPTS} times; last: {error}") from error
+            log.info("%s failed, attempt %d of %d: %s", what, attempt, ATTEMPTS, error)
             time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1) * (0.5 + random.random()))
     raise AssertionError("unreachable")
 
 
 def is_fault(error: Exception) -> bool:
-    """True for what a network or a disk does; botocore's own errors (no route, no credentials) are no OSErrors."""
-    return isinstance(error, OSError) or type(error).__module__.startswith("botocore.")
+    """True for what a network or a disk does."""
+    return isinstance(error, OSError) or type(error).__module__.startswith(_CLIENTS)
+
+
+def patiently(what: str, action: Callable[[], T], seconds: float) -> T:
+    """Run `action`, again while the store fails, for up to `seconds`: a store that is away for a minute costs a minute.
+
+    Conflicts pass through. Raises the last StorageError once the time is up.
+    """
+    gives_up_at = time.monotonic() + seconds
+    wait_s = FIRST_WAIT_S
+    while True:
+        try:
+            return action()
+        except ConflictError:
+            raise
+        except StorageError as error:
+            if time.monotonic() + wait_s > gives_up_at:
+                raise
+            log.warning("%s: %s Again in %.0f s.", what, error, wait_s)
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, LONGEST_WAIT_S)

@@ -6,6 +6,7 @@ Object stores cannot append, so lines are kept in memory and go up as numbered p
     RUN/metrics/attempt-0002/part-00000.jsonl       one JSON object a line
     RUN/logs/attempt-0002/rank-000/part-00000.log   what the worker logged
     RUN/tensorboard/attempt-0002/events...          the same metrics for TensorBoard
+    RUN/samples/attempt-0002/part-00000.jsonl       with log.samples: which samples each rank used in each step
 
 A later attempt starts from a checkpoint; what earlier attempts wrote past that step is superseded and not read back.
 """
@@ -15,10 +16,11 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sceneray import storage
 from sceneray.errors import ConflictError
@@ -34,19 +36,24 @@ class Parts:
         self.suffix = suffix
         self.lines: list[str] = []
         self.written = 0
+        self._lock = threading.Lock()
 
     def add(self, line: str) -> None:
         """Keep one line for the next flush."""
-        self.lines.append(line)
+        with self._lock:
+            self.lines.append(line)
 
     def flush(self) -> None:
-        """Write the lines kept so far as the next part."""
-        if not self.lines or self.folder is None:
+        """Write the lines kept so far as the next part; others may add lines meanwhile. A failed flush keeps them."""
+        with self._lock:
+            lines = list(self.lines)
+        if not lines or self.folder is None:
             return
-        text = "\n".join(self.lines) + "\n"
+        text = "\n".join(lines) + "\n"
         storage.write_bytes(storage.join(self.folder, f"part-{self.written:05d}.{self.suffix}"), text.encode())
-        self.lines.clear()
         self.written += 1
+        with self._lock:
+            del self.lines[: len(lines)]
 
 
 class TensorBoardFile:
@@ -77,31 +84,47 @@ class TensorBoardFile:
         self.local.cleanup()
 
 
-class MetricsLog:
-    """The metrics of one attempt, written by rank 0."""
+class Sink(Protocol):
+    """Where metrics rows go besides the run folder."""
 
-    def __init__(self, run: str, attempt: int, tensorboard: bool) -> None:
+    def add(self, kind: str, row: Mapping[str, Any]) -> None:
+        """Take one row; `kind` is `train` or `val`, and `row` has a `step`."""
+
+    def flush(self) -> None:
+        """Send on what was taken so far."""
+
+    def close(self) -> None:
+        """End; called after a last flush."""
+
+
+class MetricsLog:
+    """The metrics of one attempt, written by rank 0: as lines in the run folder, and to every sink."""
+
+    def __init__(self, run: str, attempt: int, tensorboard: bool, sinks: Sequence[Sink] = ()) -> None:
         name = f"attempt-{attempt:04d}"
         self.rows = Parts(storage.join(run, "metrics", name), "jsonl")
-        self.tensorboard = TensorBoardFile(storage.join(run, "tensorboard", name)) if tensorboard else None
+        events = [TensorBoardFile(storage.join(run, "tensorboard", name))] if tensorboard else []
+        self.sinks: tuple[Sink, ...] = (*events, *sinks)
 
     def add(self, kind: str, row: Mapping[str, Any]) -> None:
         """Log one row; `kind` is `train` or `val`, and `row` has a `step`."""
         self.rows.add(json.dumps({"kind": kind, **row}))
-        if self.tensorboard is not None:
-            self.tensorboard.add(kind, row)
+        for sink in self.sinks:
+            sink.add(kind, row)
 
     def flush(self) -> None:
         """Make everything logged so far durable."""
         self.rows.flush()
-        if self.tensorboard is not None:
-            self.tensorboard.flush()
+        for sink in self.sinks:
+            sink.flush()
 
     def close(self) -> None:
-        """Flush and end."""
-        self.flush()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        """Flush and end; sinks end even where the store refuses the last rows."""
+        try:
+            self.flush()
+        finally:
+            for sink in self.sinks:
+                sink.close()
 
 
 def read_metrics(run: str) -> list[dict[str, Any]]:
@@ -113,6 +136,22 @@ def read_metrics(run: str) -> list[dict[str, Any]]:
         for name in storage.list_names(folder):
             rows += [json.loads(line) for line in storage.read_bytes(storage.join(folder, name)).splitlines()]
     return rows
+
+
+def read_samples(run: str) -> tuple[dict[int, list[list[int]]], int]:
+    """What `log.samples` recorded: {step: each rank's positions} of the surviving history, and how many samples more
+    were used by steps that a restart did again."""
+    surviving: dict[int, list[list[int]]] = {}
+    again = 0
+    for attempt in attempts(run):
+        for step in [step for step in surviving if step > attempt["from_step"]]:
+            again += sum(map(len, surviving.pop(step)))
+        folder = storage.join(run, "samples", f"attempt-{attempt['attempt']:04d}")
+        for name in storage.list_names(folder):
+            for line in storage.read_bytes(storage.join(folder, name)).splitlines():
+                row = json.loads(line)
+                surviving[row["step"]] = row["positions"]
+    return surviving, again
 
 
 def attempts(run: str) -> list[dict[str, Any]]:

@@ -215,7 +215,7 @@ def compare_and_swap(url: str, expected: str | None, data: bytes) -> None:
     elif _speaks(fs, "memory"):
         with _MEMORY_LOCK:
             _check_tag(url, expected)
-            fs.pipe_file(path, data)
+            retry(f"writing {url}", lambda: fs.pipe_file(path, data))
     else:
         raise StorageError(
             f"no compare-and-swap is known for {url} ({type(fs).__name__}). Use s3://, memory:// or a local path."
@@ -259,17 +259,20 @@ class Committed:
         return _digest(_json_bytes(self.manifest))
 
 
-def commit(url: str, files: Mapping[str, bytes], about: Mapping[str, Any]) -> Committed:
+def commit(url: str, files: Mapping[str, bytes], about: Mapping[str, Any], verify: bool = False) -> Committed:
     """Write a folder of files and, last, the manifest that makes it exist.
 
-    `about` (a `format` name, a `version`, ...) goes into the manifest beside the sizes and digests.
+    `about` (a `format` name, a `version`, ...) goes into the manifest beside the sizes and digests. With `verify` each
+    file is read back first: raises StorageError, and writes no manifest, where one is not what was written.
     """
     for name, data in files.items():
         write_bytes(join(url, name), data)
     entries = {name: {"bytes": len(data), "sha256": _digest(data)} for name, data in sorted(files.items())}
-    manifest = {**about, "files": entries}
-    write_json(join(url, MANIFEST), manifest)
-    return Committed(url, manifest)
+    committed = Committed(url, {**about, "files": entries})
+    if verify:
+        committed.verify()
+    write_json(join(url, MANIFEST), committed.manifest)
+    return committed
 
 
 def open_committed(url: str) -> Committed | None:

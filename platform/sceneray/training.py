@@ -6,67 +6,79 @@ on from the newest committed checkpoint there.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sceneray import checkpoint as checkpoints
-from sceneray import devices, environment, parallel, pictures, runlog, steps, storage
+from sceneray import devices, environment, parallel, pictures, profiling, runlog, steps, storage
+from sceneray.books import Books, Start
 from sceneray.config import TrainSettings
 from sceneray.data import order
-from sceneray.data.loader import training_loader
+from sceneray.data.loader import Batch, training_loader
 from sceneray.data.store import Store
-from sceneray.errors import CheckpointError
+from sceneray.liveness import Watchdog
+from sceneray.results import finish
+from sceneray.retries import patiently
+from sceneray.saver import Saver
 from sceneray.steps import Data, Runtime, TrainState, create_state, train_step
+from sceneray.votes import Votes
 
-__all__ = ["RESULT", "Runtime", "dry_run", "fit"]
+__all__ = ["Runtime", "fit"]
 
-RESULT = "result.json"
+STATUS_EVERY_S = 15.0
+Ending = Literal["finished", "stopped", "preempted", "over_budget"]
 log = logging.getLogger("sceneray.training")
 
 
 def fit(settings: TrainSettings, runtime: Runtime) -> dict[str, Any]:
-    """Train `settings.run` to its end, or until `runtime.should_stop`, from wherever its checkpoints left it.
+    """Train `settings.run` to its end, or until somebody asks to stop, from wherever its checkpoints left it.
 
-    Called on every rank. Returns `state` ("finished" or "stopped"), the steps done and the best val mIoU; the whole
-    result is in RUN/result.json. Raises TrainingError where the loss is not finite.
+    Called on every rank. Returns `state` ("finished", "stopped", "over_budget", or "preempted": saved, to be started
+    again elsewhere), the steps done and the best val mIoU; the whole result is in RUN/result.json. Raises TrainingError
+    where the loss is not finite, CheckpointError where nothing can be saved.
     """
     with runlog.worker_log() as lines:
         data = Data.open(settings)
         state = create_state(settings, runtime, data)
+        steps.settle(state)
         state.notes += resume(state, data.store)
         attempt = take_attempt(state, data.store)
         lines.folder = runlog.worker_folder(settings.run, attempt, runtime.rank)
-        for note in state.notes:
-            log.info(note)
-            if runtime.rank == 0:
-                runtime.progress({"kind": "note", "text": note})
         session = Session(state, data, attempt, lines)
         try:
-            finished = session.train()
+            ending = session.train()
+            session.end(ending)
+        except BaseException:
+            session.books.update(state="failed")
+            raise
         finally:
             session.close()
-        if not finished:
-            return {"state": "stopped", "step": state.step, "steps": state.steps}
-        return finish(session)
+        if ending != "finished":
+            return {"state": ending, "step": state.step, "steps": state.steps}
+        return finish(state, data, attempt)
 
 
 def resume(state: TrainState, store: Store) -> list[str]:
     """Restore the newest committed checkpoint, the same one on every rank; returns lines for the log."""
     run, runtime = state.settings.run, state.runtime
     said: list[str] = []
-    saved = checkpoints.newest(run, said.append) if runtime.rank == 0 else None
+    patience_s = state.settings.save.tolerate_s
+    saved = None
+    if runtime.rank == 0:
+        saved = patiently("looking for checkpoints", lambda: checkpoints.newest(run, said.append), patience_s)
     found = [0, 0] if saved is None else [saved.step, int(saved.state["attempt"])]
     step, attempt = parallel.share_integers(found, state.device, runtime.world_size)
     if step == 0:
         return said
     if saved is None:
-        saved = checkpoints.load(storage.join(run, checkpoints.name_of(step, attempt)))
+        name = checkpoints.name_of(step, attempt)
+        saved = patiently(f"reading {name}", lambda: checkpoints.load(storage.join(run, name)), patience_s)
     steps.restore(state, saved, store.digest)
     return [*said, f"going on from {saved.url}, step {step} of {state.steps}"]
 
@@ -75,60 +87,76 @@ def take_attempt(state: TrainState, store: Store) -> int:
     """This worker group's attempt number, the same on every rank; its record is written by rank 0."""
     number = 0
     if state.runtime.rank == 0:
+        run = state.settings.run
         about = environment.describe(store.digest)
-        number = runlog.claim_attempt(
-            state.settings.run,
-            {
-                "from_step": state.step,
-                "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "workers": state.runtime.world_size,
-                "environment": about,
-            },
-        )
-        storage.write_json(storage.join(state.settings.run, "environment.json"), about)
+        record = {
+            "from_step": state.step,
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "workers": state.runtime.world_size,
+            "environment": about,
+        }
+        patience_s = state.settings.save.tolerate_s
+        number = patiently("taking an attempt number", lambda: runlog.claim_attempt(run, record), patience_s)
+        environment_url = storage.join(run, "environment.json")
+        patiently("writing the environment", lambda: storage.write_json(environment_url, about), patience_s)
     return parallel.share_integers([number], state.device, state.runtime.world_size)[0]
 
 
-@dataclasses.dataclass
-class Clock:
-    """Seconds spent in training steps, without evaluation and saving."""
-
-    started_at: float = dataclasses.field(default_factory=time.monotonic)
-    images: int = 0
-
-    def restart(self) -> None:
-        """Begin a new window."""
-        self.started_at, self.images = time.monotonic(), 0
-
-    def rate(self) -> float:
-        """Images per second in this window."""
-        return self.images / max(time.monotonic() - self.started_at, 1e-9)
-
-
 class Session:
-    """One attempt at a run: the loop, and what it writes down."""
+    """One attempt at a run: the loop, when it evaluates and saves, and when it ends."""
 
     def __init__(self, state: TrainState, data: Data, attempt: int, lines: runlog.Parts) -> None:
         self.state = state
         self.data = data
         self.attempt = attempt
-        self.lines = lines
         self.settings = state.settings
-        self.metrics: runlog.MetricsLog | None = None
-        if state.runtime.rank == 0:
-            self.metrics = runlog.MetricsLog(self.settings.run, attempt, self.settings.log.tensorboard)
-        self.clock = Clock()
-        self.pending: list[Tensor] = []  # totals of the steps since the last drain, still on the device
+        nodes = parallel.share_texts(state.runtime.node, state.device, state.runtime.world_size)
+        start = Start(state.step, state.steps, self.epoch, nodes)
+        self.books = Books(self.settings, state.runtime, attempt, lines, start)
+        self.saver = Saver(self.settings, self.books.flush, state.device)
+        self.votes = Votes(state.device)
+        self.pending: list[Tensor] = []  # totals of the steps since the last drain, in host memory
         self.scored: dict[str, Any] = {}  # val metrics of the current weights, empty between evaluations
+        self.evaluations = 0
+        self.window = Window()
+        self.saved_at = self.told_at = time.monotonic()
+        self.profile: profiling.Profile | None = None
+        if self.settings.profile and state.runtime.rank == 0:
+            folder = storage.join(self.settings.run, "profile", f"attempt-{attempt:04d}")
+            self.profile = profiling.Profile(state.stages, folder)
 
-    def train(self) -> bool:
-        """Run to the end (True) or until somebody asks to stop (False); every way out leaves a checkpoint."""
+    def train(self) -> Ending:
+        """Run to the end, or until somebody asks to stop or to leave. The state is then ahead of what is saved."""
         state, settings = self.state, self.settings
+        for note in [*state.notes, *self.books.about_earlier()]:
+            self.books.note(note)
+        log.info("training on %s, %s", state.device, state.autocast_dtype or torch.float32)
         size = len(self.data.train)
         evaluations = set(order.evaluation_steps(size, settings.batch_size, state.positions, settings.eval_every))
-        batches = training_loader(
+        batches = self._batches()
+        self.window = Window()
+        with Watchdog(settings.resources.hang_timeout_s, state.runtime.on_hang) as watchdog:
+            while state.step < state.steps:
+                self._step(batches)
+                watchdog.beat()
+                ending = self._ending()
+                evaluate = state.step in evaluations
+                if evaluate or ending or state.step % settings.log.every_steps == 0:
+                    self.drain()
+                if ending:
+                    return ending
+                if evaluate:
+                    self.evaluate(watchdog)
+                if evaluate or self._save_is_due():
+                    self.save()
+                self._tell()
+        return "finished"
+
+    def _batches(self) -> Iterator[Batch]:
+        state = self.state
+        return training_loader(
             self.data.train,
-            settings,
+            self.settings,
             state.ignore_index,
             state.step,
             state.steps,
@@ -136,82 +164,125 @@ class Session:
             state.runtime.world_size,
             pin_memory=state.device.type == "cuda",
         )
-        log.info("training on %s, %s", state.device, state.autocast_dtype or torch.float32)
-        stop = False
-        self.clock.restart()
-        while state.step < state.steps and not stop:
-            parts = [next(batches) for _ in range(settings.accumulate)]
-            self.pending.append(train_step(state, parts, state.runtime.should_stop()))
-            self.clock.images += len(order.step_positions(state.step - 1, settings.batch_size, state.positions))
-            evaluate = state.step in evaluations
-            if evaluate or state.step % settings.log.every_steps == 0:
-                stop = self.drain()
-            save = settings.save.every_steps is not None and state.step % settings.save.every_steps == 0
-            if evaluate:
-                self.evaluate()
-            if evaluate or save or stop:
-                self.save()
-                self.clock.restart()
-        return state.step == state.steps
 
-    def drain(self) -> bool:
-        """Log the steps since the last call; True where a rank asked to stop. The one wait for the device."""
+    def _step(self, batches: Iterator[Batch]) -> None:
+        """Wait for this rank's part of the next global batch, and train on it."""
+        state, runtime = self.state, self.state.runtime
+        waits_from = time.monotonic()
+        with state.stages("data"):
+            parts = [next(batches) for _ in range(self.settings.accumulate)]
+        self.window.data_wait_s += time.monotonic() - waits_from
+        if self.settings.log.samples:
+            used = [int(position) for part in parts for position in part.positions if position >= 0]
+            most = self.settings.batch_size
+            self.books.add_samples(
+                state.step + 1, parallel.gather_positions(used, most, state.device, runtime.world_size)
+            )
+        stop = runtime.should_stop() or self._over_budget()
+        self.votes.put(train_step(state, parts, stop, runtime.should_leave()))
+        self.window.images += len(order.step_positions(state.step - 1, self.settings.batch_size, state.positions))
+        if self.profile is not None and (found := self.profile.step()) is not None:
+            self.books.note(profiling.line(found))
+            self.books.add("profile", {"step": state.step, **found})
+
+    def _ending(self) -> Ending | None:
+        """How the attempt ends after this step, the same on every rank: the votes rode in the step's own all-reduce."""
+        totals = self.votes.take()
+        self.pending += totals
+        if any(row[2] > 0 for row in totals):
+            return "over_budget" if self._over_budget() else "stopped"
+        return "preempted" if any(row[3] > 0 for row in totals) else None
+
+    def _over_budget(self) -> bool:
+        budget = self.settings.cost.budget
+        return budget is not None and self.books.cost() >= budget
+
+    def _save_is_due(self) -> bool:
+        """Asked on every rank; the answer of rank 0 counts, because it alone saves."""
+        due, step = self.settings.save, self.state.step
+        by_step = due.every_steps is not None and step % due.every_steps == 0
+        asked = self.state.runtime.rank == 0 and self.state.runtime.save_wanted(step)
+        by_time = due.every_s is not None and time.monotonic() - self.saved_at >= due.every_s and not self.saver.busy
+        return asked or by_step or by_time
+
+    def _tell(self) -> None:
+        """Let who watches from outside know, now and then, that and where this attempt is."""
+        self.saver.check()
+        if time.monotonic() - self.told_at >= STATUS_EVERY_S:
+            self.told_at = time.monotonic()
+            self.saver.flush_soon()
+
+    def drain(self) -> None:
+        """Log the steps since the last call. The one wait for the device."""
+        self.pending += self.votes.take(everything=True)
         if not self.pending:
-            return False
-        totals = torch.stack(self.pending).cpu()
-        done = range(self.state.step - len(self.pending), self.state.step)
+            return
+        state = self.state
+        totals = torch.stack(self.pending)
+        done = range(state.step - len(self.pending), state.step)
         self.pending.clear()
-        steps.check_finite(self.state, self.data, done, totals)
-        rate = self.clock.rate()
-        left = (self.state.positions - self.state.step * self.settings.batch_size) / rate
+        steps.check_finite(state, self.data, done, totals)
+        window, self.window = self.window, Window()
+        seconds = window.age_s
+        left = (state.positions - state.step * self.settings.batch_size) * seconds / max(1, window.images)
         row = {
-            "step": self.state.step,
+            "step": state.step,
             "epoch": self.epoch,
             "loss": float(totals[:, 0].sum() / totals[:, 1].sum().clamp(min=1e-12)),
-            "lr": min(group["lr"] for group in self.state.optimizer.param_groups),
-            "images_per_second": rate,
+            "lr": min(group["lr"] for group in state.optimizer.param_groups),
+            "images_per_second": window.images / seconds,
+            "data_wait_s": window.data_wait_s,
+            "checkpoint_stall_s": self.saver.take_stall(),
+            "seconds": seconds,
+            "memory_bytes": devices.peak_memory(state.device),
         }
-        if self.metrics is not None:
-            self.metrics.add("train", row)
-            progress = {"steps": self.state.steps, "epochs": self.settings.epochs, "seconds_left": max(0.0, left)}
-            self.state.runtime.progress({"kind": "train", **row, **progress})
-        return bool(totals[:, 2].sum() > 0)
+        if self.settings.cost.price_per_hour:
+            row["cost"] = self.books.cost()
+        self.books.seen(row)
+        self.books.add("train", row, {"steps": state.steps, "epochs": self.settings.epochs, "seconds_left": left})
 
-    def evaluate(self) -> None:
-        """Score the current weights on the val split and report it."""
-        result = steps.evaluate(self.state, self.data)
+    def evaluate(self, watchdog: Watchdog) -> None:
+        """Score the current weights on the val split; now and then draw what they see."""
+        result = steps.evaluate(self.state, self.data, watchdog.beat)
         self.scored = {
             "miou": result.miou,
             "pixel_accuracy": result.pixel_accuracy,
             "mean_accuracy": result.mean_accuracy,
         }
-        row = {"step": self.state.step, "epoch": self.epoch, **self.scored}
-        if self.metrics is not None:
-            self.metrics.add("val", {**row, "iou": result.iou})
-            self.state.runtime.progress({"kind": "val", **row})
+        row = {"step": self.state.step, "epoch": self.epoch, **self.scored, "iou": result.iou}
+        self.books.scored(result.miou)
+        self.books.add("val", row)
         log.info("step %d: val mIoU %.4f, pixel accuracy %.4f", self.state.step, result.miou, result.pixel_accuracy)
+        self.evaluations += 1
+        every = self.settings.log.pictures_every
+        if every is not None and self.evaluations % every == 0 and self.state.runtime.rank == 0:
+            self._draw()
+        watchdog.beat()
+        self.window = Window()
+
+    def _draw(self) -> None:
+        """A contact sheet of the current weights."""
+        rows, classes = self.settings.log.contact_sheet, self.data.store.classes
+        sheet = pictures.sheet_of(self.state.scored_model, self.data.val, classes, rows, self.state.device)
+        self.books.add_file(storage.join(self.settings.run, f"pictures/step-{self.state.step:08d}.jpg"), sheet)
 
     def save(self) -> None:
-        """Commit a checkpoint, move the pointers, remove old ones; then report what was measured on it.
-
-        Metrics are made durable first: what a later attempt supersedes must be known from the checkpoint's step.
-        """
-        if self.pending:
+        """Hand a checkpoint to the saver; report what was measured on it."""
+        if self.state.runtime.rank == 0:
             self.drain()
-        steps.check_weights(self.state)
-        self.lines.flush()
-        if self.metrics is not None:
-            self.metrics.flush()
-            content = self.content()
-            run = self.settings.run
-            name = checkpoints.save(
-                run, self.state.model.state_dict(), steps.optimizer_tensors(self.state), content, self.settings
-            )
-            checkpoints.point(run, "last", name, content)
-            if self.scored:
-                checkpoints.point(run, "best", name, content, better=True)
-            checkpoints.prune(run, self.settings.save.keep, self.attempt)
-            log.info("committed %s", name)
+            steps.check_weights(self.state)
+            self.saved_at = time.monotonic()
+            with self.state.stages("checkpoint"):
+                ema = self.state.ema
+                self.saver.save(
+                    self.state.model.state_dict(),
+                    steps.optimizer_tensors(self.state),
+                    {} if ema is None else ema.tensors(),
+                    self.content(),
+                    self.books.age_s,
+                )
+        else:
+            self.saver.flush_soon()
         if self.scored:
             self.state.runtime.report({"step": self.state.step, "epoch": self.epoch, **self.scored})
         self.scored = {}
@@ -228,6 +299,7 @@ class Session:
             "store_digest": store.digest,
             "classes": checkpoints.classes_to_json(store.classes),
             "ignore_index": store.ignore_index,
+            "scaler": self.state.scaler.state_dict(),
         }
 
     @property
@@ -235,68 +307,32 @@ class Session:
         """Passes over the training split so far."""
         return min(self.state.step * self.settings.batch_size, self.state.positions) / len(self.data.train)
 
+    def end(self, ending: Ending) -> None:
+        """Commit where training stands, and how it ended."""
+        if self.profile is not None:
+            self.profile.end()
+        self.saver.finish()
+        if ending != "finished":  # the last step of a finished run was evaluated and saved already
+            self.save()
+        self.books.update(state=ending)
+        self.saver.flush_soon()
+        self.saver.finish()
+
     def close(self) -> None:
-        """Make everything logged so far durable."""
-        if self.metrics is not None:
-            self.metrics.close()
-            self.metrics = None
+        """Make everything logged so far durable, and let go of threads and files."""
+        self.saver.close()
+        self.books.close()
 
 
-def finish(session: Session) -> dict[str, Any]:
-    """Write the run's result and pictures (rank 0) and return the result's core (every rank)."""
-    state, run = session.state, session.settings.run
-    if state.runtime.rank != 0:
-        return {"state": "finished", "step": state.step, "steps": state.steps}
-    best = storage.read_json(storage.join(run, "best"))
-    rows = runlog.read_metrics(run)
-    rates = sorted(row["images_per_second"] for row in rows if row["kind"] == "train")
-    result = {
-        "state": "finished",
-        "run": run,
-        "step": state.step,
-        "steps": state.steps,
-        "miou": best["miou"],
-        "best": best,
-        "attempts": session.attempt,
-        "images_per_second": rates[len(rates) // 2] if rates else None,
-        "peak_memory_bytes": devices.peak_memory(state.device),
-    }
-    pictures.write_curves(run, rows)
-    if session.settings.log.contact_sheet:
-        pictures.write_contact_sheet(run, session.data.val, session.settings.log.contact_sheet)
-    storage.write_json(storage.join(run, RESULT), result)
-    return result
+class Window:
+    """What happened since the last row of metrics."""
 
+    def __init__(self) -> None:
+        self.began_at = time.monotonic()
+        self.images = 0
+        self.data_wait_s = 0.0
 
-def dry_run(settings: TrainSettings, runtime: Runtime) -> dict[str, Any]:
-    """Check data, network and one step without writing to the run folder.
-
-    Takes two steps and times the second (the first pays for start-up). Raises CheckpointError where the run folder
-    holds checkpoints of other data.
-    """
-    data = Data.open(settings)
-    state = create_state(settings, runtime, data)
-    saved = checkpoints.newest(settings.run, log.warning) if runtime.rank == 0 else None
-    if saved is not None and saved.store_digest != data.store.digest:
-        raise CheckpointError(f"{saved.url} was trained on other data than {settings.data.store} holds now.")
-    batches = training_loader(
-        data.train, settings, state.ignore_index, 0, state.steps, runtime.rank, runtime.world_size
-    )
-    seconds = []
-    for _ in range(min(2, state.steps)):
-        started_at = time.monotonic()
-        totals = train_step(state, [next(batches) for _ in range(settings.accumulate)])
-        loss = float(totals[0] / totals[1].clamp(min=1e-12))  # waits for the device
-        seconds.append(time.monotonic() - started_at)
-    return {
-        "state": "checked",
-        "steps": state.steps,
-        "loss": loss,
-        "seconds_per_step": seconds[-1],
-        "estimated_seconds": seconds[-1] * state.steps,
-        "peak_memory_bytes": devices.peak_memory(state.device),
-        "device": str(state.device),
-        "train_images": len(data.train),
-        "val_images": len(data.val),
-        "resumes_from_step": saved.step if saved is not None else 0,
-    }
+    @property
+    def age_s(self) -> float:
+        """Its length so far."""
+        return max(time.monotonic() - self.began_at, 1e-9)

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from sceneray import checkpoint, config, runlog, storage
 from sceneray.data.store import Store
 from sceneray.errors import ConfigError, TrainingError
+from tests.commands import Command, same_bits
 from tests.stores import tiny_settings, town_store
-from tests.support import ROOT
-
-LIMIT_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -44,77 +37,6 @@ def here() -> Iterator[None]:
 def settings_of(store: str, run: str, *overrides: str) -> config.TrainSettings:
     """A run of two workers, saved every other step."""
     return tiny_settings(store, run, "workers=2", "save={every_steps: 2}", "resources.gpu=false", *overrides)
-
-
-class Command:
-    """`sceneray train` as its own process."""
-
-    def __init__(self, settings: config.TrainSettings, folder: Path) -> None:
-        self.result = folder / "result.json"
-        file = folder / "settings.yaml"
-        file.write_text(config.dump(settings))
-        self.log = folder / f"log-{time.monotonic_ns()}.txt"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "jobs.train", str(file), "--json", str(self.result)],
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT}"},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def wait(self) -> int:
-        """Its exit code, once it ended."""
-        return self.process.wait(timeout=LIMIT_S)
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition while it runs."""
-        deadline = time.monotonic() + LIMIT_S
-        while not condition():
-            assert self.process.poll() is None, f"it ended early: {self.text()}"
-            assert time.monotonic() < deadline, f"waited in vain: {self.text()}"
-            time.sleep(0.05)
-
-    def text(self) -> str:
-        """What it printed so far."""
-        return self.log.read_text()
-
-    def workers(self) -> list[int]:
-        """Process ids of its training workers."""
-        return [pid for pid in descendants(self.process.pid) if "RayTrainWorker" in command_line(pid)]
-
-
-def command_line(pid: int) -> str:
-    """The command line of a process; empty where it is gone."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
-def descendants(root: int) -> list[int]:
-    """Process ids of all children and their children."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            children.setdefault(parent, []).append(int(entry.name))
-    found, waiting = [], [root]
-    while waiting:
-        mine = children.get(waiting.pop(), [])
-        found += mine
-        waiting += mine
-    return found
-
-
-def same_bits(one: str, other: str) -> bool:
-    """True where the final weights of two runs are equal bit for bit."""
-    first, second = (checkpoint.load(storage.join(run, "last")).model for run in (one, other))
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_killed_and_interrupted_runs_end_with_the_clean_runs_bits(store: str, tmp_path: Path, here: None) -> None:
@@ -145,36 +67,6 @@ def test_killed_and_interrupted_runs_end_with_the_clean_runs_bits(store: str, tm
     assert [record["attempt"] for record in records] == [1, 2, 3]
     assert 0 < records[1]["from_step"] <= records[2]["from_step"] == stopped_at < result["steps"]
     assert same_bits(clean, rough)
-
-
-@pytest.mark.chaos
-@pytest.mark.parametrize("seed", range(3))
-def test_many_kills_end_with_the_clean_runs_bits(store: str, tmp_path: Path, here: None, seed: int) -> None:
-    """Three kill -9 on either worker at random moments of one run: its final weights are the clean run's, and every
-    committed checkpoint verifies."""
-    from jobs.train import train
-
-    rng = random.Random(seed)
-    length = ("epochs=8", "eval_every=8", "log.contact_sheet=0", "save.keep=100")
-    clean, rough = str(tmp_path / "clean"), str(tmp_path / "rough")
-    train(settings_of(store, clean, *length))
-    command = Command(settings_of(store, rough, *length), tmp_path)
-    for kill in range(1, 4):
-        seen = len(checkpoint.names(rough)) + rng.randint(1, 3)
-        command.until(lambda attempts=kill, wanted=seen: reached(rough, attempts, wanted))  # type: ignore[misc]
-        os.kill(rng.choice(command.workers()), signal.SIGKILL)
-    assert command.wait() == 0, command.text()
-    assert same_bits(clean, rough)
-    committed = [name for name in checkpoint.names(rough) if storage.open_committed(f"{rough}/{name}") is not None]
-    for name in committed:
-        checkpoint.load(f"{rough}/{name}")
-    starts = [record["from_step"] for record in runlog.attempts(rough)]
-    print(f"seed {seed}: 3 kills, attempts from steps {starts}, {len(committed)} committed checkpoints verified")
-
-
-def reached(run: str, attempts: int, checkpoints: int) -> bool:
-    """True once a run had so many attempts and has so many checkpoint folders."""
-    return len(runlog.attempts(run)) >= attempts and len(checkpoint.names(run)) >= checkpoints
 
 
 def test_the_same_command_again_finds_a_finished_run(store: str, tmp_path: Path, here: None) -> None:
@@ -217,7 +109,7 @@ def test_more_workers_than_the_machine_has_is_refused(store: str, tmp_path: Path
     """A request that can never be placed on this machine ends at once with what was asked and what there is."""
     from jobs.train import train
 
-    with pytest.raises(ConfigError, match=r"3 workers need 3 CPU \(it has 2\) on this machine"):
+    with pytest.raises(ConfigError, match=r"3 workers need 3 CPU; the cluster has 2 CPU on 1 node\(s\), room for 2\."):
         train(settings_of(store, str(tmp_path / "run"), "workers=3"))
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from sceneray import checkpoint, storage
+from sceneray import checkpoint, local_files, storage
 from sceneray.config import TrainSettings
 from sceneray.data import town
-from sceneray.errors import CheckpointError
+from sceneray.errors import CheckpointError, StorageError
 from sceneray.models.pspnet import build_model
 from tests import bundles
 from tests.stores import tiny_settings
@@ -166,3 +166,80 @@ def test_a_checkpoint_of_version_1_is_read_for_ever(tmp_path: Path) -> None:
     image, mask = bundles.half_bright()
     answer = checkpoint.build(saved).predict(torch.from_numpy(image).permute(2, 0, 1)[None])[0].numpy()
     assert bundles.agree(answer, mask)
+
+
+def test_the_average_of_the_weights_is_the_network(run: str) -> None:
+    """EMA weights come back, and the network that is built has them; what they do not name stays the model's."""
+    model = build_model(settings(run).model, len(town.CLASSES)).state_dict()
+    name = next(name for name, tensor in model.items() if name.endswith("classifier.weight") and tensor.ndim == 4)
+    average = {name: torch.full_like(model[name], 0.25)}
+    url = storage.join(run, checkpoint.save(run, model, {}, state(1), settings(run), average))
+    saved = checkpoint.load(url)
+    built = checkpoint.build(saved).state_dict()
+    assert saved.ema.keys() == average.keys()
+    assert all(torch.equal(built[key], average.get(key, tensor)) for key, tensor in model.items())
+    assert torch.equal(saved.model[name], model[name])  # a run that goes on needs both
+
+
+def test_an_average_of_another_network_is_refused(run: str) -> None:
+    """EMA weights of names that the network does not have are an error, not left out."""
+    model = build_model(settings(run).model, len(town.CLASSES)).state_dict()
+    name = checkpoint.save(run, model, {}, state(1), settings(run), {"stranger": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match="stranger"):
+        checkpoint.build(checkpoint.load(storage.join(run, name)))
+
+
+def test_without_an_average_there_is_no_file_for_it(run: str) -> None:
+    """A run without EMA writes no ema.safetensors, and its checkpoint has an empty average."""
+    name = save(run, 1)
+    assert checkpoint.load(storage.join(run, name)).ema == {}
+    assert not storage.exists(storage.join(run, name, "ema.safetensors"))
+
+
+def test_the_best_are_kept_besides_the_newest(run: str) -> None:
+    """The `keep_best` highest val mIoUs stay, of equals the earliest; without a score there is nothing to rank."""
+    for step, miou in [(1, 0.5), (2, 0.7), (3, 0.5), (4, None), (5, 0.6), (6, 0.1), (7, None)]:
+        save(run, step, miou=miou)
+    removed = checkpoint.prune(run, keep=1, attempt=1, keep_best=3)
+    assert removed == [checkpoint.name_of(step, 1) for step in (3, 4, 6)]
+    assert checkpoint.names(run) == [checkpoint.name_of(step, 1) for step in (1, 2, 5, 7)]
+
+
+def test_pruning_reads_the_score_of_older_checkpoints_from_their_state(run: str) -> None:
+    """Checkpoints written before the manifest told the mIoU are ranked all the same."""
+    for step, miou in [(1, 0.2), (2, 0.9), (3, 0.3), (4, 0.1)]:
+        url = storage.join(run, save(run, step, miou=miou), storage.MANIFEST)
+        manifest = storage.read_json(url)
+        storage.write_json(url, {key: manifest[key] for key in ("format", "version", "files")})
+    assert checkpoint.prune(run, keep=1, attempt=1) == [checkpoint.name_of(step, 1) for step in (1, 3)]
+
+
+def test_pruning_leaves_an_upload_in_flight(run: str) -> None:
+    """Without a manifest only those folders go whose writing is over: a lower step of a lower attempt, or one's own."""
+    for step, attempt in [(1, 1), (9, 1), (2, 2), (4, 2)]:
+        storage.remove(storage.join(run, save(run, step, attempt), storage.MANIFEST))
+    save(run, 3, attempt=2)
+    assert checkpoint.prune(run, keep=1, attempt=2) == [checkpoint.name_of(1, 1), checkpoint.name_of(2, 2)]
+    assert checkpoint.names(run) == [checkpoint.name_of(*numbers) for numbers in ((3, 2), (4, 2), (9, 1))]
+
+
+def test_pruning_leaves_what_it_cannot_read(run: str) -> None:
+    """A folder whose manifest is damaged is neither counted as a checkpoint nor removed."""
+    for step in (1, 2, 3):
+        save(run, step)
+    storage.write_bytes(storage.join(run, checkpoint.name_of(1, 1), storage.MANIFEST), b"{")
+    assert checkpoint.prune(run, keep=1, attempt=1) == [checkpoint.name_of(2, 1)]
+    assert checkpoint.names(run) == [checkpoint.name_of(1, 1), checkpoint.name_of(3, 1)]
+
+
+def test_a_save_that_the_store_altered_does_not_exist(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is read back first: where it differs, saving raises StorageError and leaves no checkpoint."""
+    real = local_files.replace
+
+    def replace(path: Path, data: bytes) -> None:
+        real(path, data[:-1] if path.name == "optimizer.safetensors" else data)
+
+    monkeypatch.setattr(local_files, "replace", replace)
+    with pytest.raises(StorageError, match=r"optimizer\.safetensors"):
+        save(run, 1)
+    assert checkpoint.newest(run, print) is None

@@ -61,6 +61,36 @@ def test_the_manifest_comes_last(tmp_path, monkeypatch):
         assert len(storage.walk_files(url)) == survived
 
 
+def test_a_verified_commit_is_the_same(any_root):
+    """Reading back what was written changes nothing where it is what was written."""
+    plain = storage.commit(storage.join(any_root, "plain"), FILES, ABOUT)
+    checked = storage.commit(storage.join(any_root, "checked"), FILES, ABOUT, verify=True)
+    assert checked.digest == plain.digest
+    assert storage.open_committed(checked.url) == checked
+
+
+@pytest.mark.parametrize(
+    "change", [lambda data: data[:-1], lambda data: data[::-1], None], ids=["short", "other", "lost"]
+)
+def test_a_verified_commit_notices_what_the_disk_did(tmp_path, monkeypatch, change):
+    """Where a file reads back as another or not at all, StorageError names it and nothing is committed."""
+    real = local_files.replace
+
+    def replace(path, data):
+        if path.name != "b.bin":
+            real(path, data)
+        elif change is not None:
+            real(path, change(data))
+
+    monkeypatch.setattr(local_files, "replace", replace)
+    url = str(tmp_path / "folder")
+    with pytest.raises(StorageError, match=r"sub/b\.bin"):
+        storage.commit(url, FILES, ABOUT, verify=True)
+    assert storage.open_committed(url) is None
+    monkeypatch.undo()
+    storage.commit(url, FILES, ABOUT, verify=True).verify()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

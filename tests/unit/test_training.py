@@ -17,9 +17,10 @@ from sceneray import checkpoint, runlog, steps, storage
 from sceneray.config import TrainSettings
 from sceneray.data import town
 from sceneray.data.loader import Batch, training_loader
+from sceneray.dry_run import dry_run
 from sceneray.errors import CheckpointError, DataError, TrainingError
 from sceneray.steps import Data
-from sceneray.training import Runtime, dry_run, fit
+from sceneray.training import Runtime, fit
 from tests.stores import tiny_settings, town_store
 
 

@@ -27,6 +27,7 @@ class Batch(NamedTuple):
     images: Tensor  # uint8 [B, 3, H, W], RGB
     labels: Tensor  # uint8 [B, H, W], class ids, ignore_index = ignore
     seeds: Tensor  # int64 [B], dropout seeds
+    positions: Tensor  # int64 [B], places in the run's order; -1 for a filler
 
 
 class Item(NamedTuple):
@@ -56,7 +57,8 @@ class TrainingSamples(Dataset[Batch]):
             label = np.where(label == 255, np.uint8(self.ignore_index), label)  # padding is always 255
         seed = order.dropout_seed(self.samples.seed, item.position)
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)
-        return Batch(pixels, torch.from_numpy(label.copy()), torch.tensor(seed))
+        position = torch.tensor(-1 if item.filler else item.position)
+        return Batch(pixels, torch.from_numpy(label.copy()), torch.tensor(seed), position)
 
 
 class StepSampler(Sampler[list[Item]]):

@@ -1,0 +1,225 @@
+"""The driver's side of a run: it starts worker groups, shows their progress, and starts them again elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow.fs
+import ray
+import ray.train
+import ray.train.torch
+from ray.train.v2._internal.execution.callback import ControllerCallback  # Ray's only hook before a resize
+
+from sceneray import errors, storage
+from sceneray.board import Board
+from sceneray.config import TrainSettings
+from sceneray.errors import Interrupted, ScenerayError, TrainingError
+from sceneray.ray_train import placement
+from sceneray.ray_train.worker import worker
+from sceneray.run_folder import check_rights, prepare_run, with_full_paths
+from sceneray.status import RESULT
+
+POLL_S = 1.0
+log = logging.getLogger("sceneray.ray_train")
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def launch(settings: TrainSettings, on_progress: Progress, check_only: bool = False) -> dict[str, Any]:
+    """Train on the Ray that this process is connected to; returns RUN/result.json.
+
+    Ctrl-C asks the workers to save and leave, then raises Interrupted; a second one leaves at once. With `check_only`
+    nothing is written: workers are placed and take one step (`sceneray.dry_run`).
+    """
+    if check_only:
+        settings = with_full_paths(settings)
+        check_rights(settings.run)
+    else:
+        settings = prepare_run(settings)
+        done = storage.join(settings.run, RESULT)
+        if storage.is_file(done):
+            log.warning("%s is finished already; nothing to do", settings.run)
+            return dict(storage.read_json(done))
+    use_gpu = placement.use_gpu(settings)
+    placement.check(settings, use_gpu)
+    group = Group(settings, use_gpu, on_progress, check_only)
+    while (outcome := group.run())["state"] == "preempted":
+        group.count_preemption()
+    step = f"step {outcome.get('step')} of {outcome.get('steps')}"
+    if outcome["state"] == "over_budget":
+        raise Interrupted(
+            f"stopped at {step}; saved: the run has cost its cost.budget of {settings.cost.budget:g}. Raise it and "
+            "give the same command."
+        )
+    if outcome["state"] == "stopped":
+        raise Interrupted(f"stopped at {step}; saved. The same command goes on from there.")
+    return outcome
+
+
+class Group:
+    """The worker groups of one launch, one after the other, seen from the driver."""
+
+    def __init__(self, settings: TrainSettings, use_gpu: bool, on_progress: Progress, check_only: bool) -> None:
+        self.settings = settings
+        self.use_gpu = use_gpu
+        self.on_progress = on_progress
+        self.check_only = check_only
+        self.preemptions = 0
+        self.stopping = False
+        self.outgrown_since: float | None = None
+
+    def count_preemption(self) -> None:
+        """The group left a node that is going. Raises TrainingError where that was once too often."""
+        self.preemptions += 1
+        limit = self.settings.resources.max_preemptions
+        if 0 <= limit < self.preemptions:
+            raise TrainingError(
+                f"{self.preemptions} times a node was taken away, and resources.max_preemptions is {limit}. Everything "
+                "is saved; the same command goes on."
+            )
+
+    def run(self) -> dict[str, Any]:
+        """Start a worker group and show its progress until it ends; Ctrl-C becomes a wish to stop."""
+        board = ray.remote(num_cpus=0)(Board).remote()
+        # Ray's elastic policy counts draining nodes as room, and then waits for workers that nothing can start there.
+        room = placement.count_room(self.settings, self.use_gpu)
+        most = self.settings.max_workers
+        if self.settings.elastic and placement.draining_nodes():
+            most = min(most, max(room, self.settings.min_workers))
+        trainer = _trainer(self.settings, self.use_gpu, board, self.check_only, most)
+        outcome: dict[str, Any] = {}
+        # An event, not join(): in Python 3.11 a Ctrl-C inside join(timeout) marks a running thread as ended.
+        ended = threading.Event()
+
+        def work() -> None:
+            try:
+                outcome["value"] = trainer.fit().return_value
+            # Handed to the main thread. SystemExit is how Ray's shutdown ends a thread that waits for it.
+            except (Exception, SystemExit) as error:  # noqa: BLE001
+                outcome["error"] = error
+            finally:
+                ended.set()
+
+        threading.Thread(target=work, daemon=True, name="ray-train").start()
+        last_look = False
+        while not last_look:
+            try:
+                last_look = ended.wait(POLL_S)
+                self._look(board, most)
+            except KeyboardInterrupt:
+                if self.stopping:
+                    raise
+                self.stopping, last_look = True, False
+                self.on_progress({"kind": "stopping"})
+                board.request_stop.remote()
+        if "error" in outcome:
+            raise TrainingError(_explain(outcome["error"])) from outcome["error"]
+        return dict(outcome["value"])
+
+    def _look(self, board: Any, most: int) -> None:
+        """Show what workers wrote on the board.
+
+        Raises what ended them for good, and TrainingError where none starts.
+        """
+        rows, failure, unseen_s = ray.get(board.take.remote())
+        for row in rows:
+            self.on_progress(row)
+        if failure is not None:
+            raise _error(*failure)
+        if unseen_s > self.settings.resources.place_timeout_s:
+            missing = placement.shortage(self.settings, self.use_gpu)
+            raise TrainingError(f"no worker has run for {unseen_s:.0f} s (resources.place_timeout_s). {missing}")
+        if most < self.settings.max_workers:
+            self._ask_for_room(board, most)
+
+    def _ask_for_room(self, board: Any, most: int) -> None:
+        """A group that was kept small while a node drained: let it leave for a larger one once there is room."""
+        if placement.count_room(self.settings, self.use_gpu) <= most or placement.draining_nodes():
+            self.outgrown_since = None
+        elif self.outgrown_since is None:
+            self.outgrown_since = time.monotonic()
+        elif time.monotonic() - self.outgrown_since > self.settings.resources.resize_check_s:
+            self.outgrown_since = None
+            board.request_leave.remote()
+
+
+class SaveBeforeResize(ControllerCallback):  # type: ignore[misc]  # Ray has no types
+    """Runs in Ray Train's controller: before a worker group ends to make place for another one, it saves."""
+
+    def __init__(self, board: Any, timeout_s: float) -> None:
+        self.board = board
+        self.timeout_s = timeout_s
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:  # noqa: ARG002  Ray's signature
+        """Ask for a checkpoint and wait until it is committed, nobody is there to save, or the time is up."""
+        gives_up_at = time.monotonic() + self.timeout_s
+        number = ray.get(self.board.request_save.remote())
+        while time.monotonic() < gives_up_at and ray.get(self.board.answer.remote(number)) == "waiting":
+            time.sleep(POLL_S / 4)
+
+
+def _trainer(
+    settings: TrainSettings, use_gpu: bool, board: Any, check_only: bool, most: int
+) -> ray.train.torch.TorchTrainer:
+    resources = settings.resources
+    _set_ray_train_environment(settings)
+    filesystem, path = storage.filesystem(storage.join(settings.run, ".ray"))
+    per_worker = {"CPU": resources.cpus} | ({"GPU": 1.0} if use_gpu else {})
+    least = settings.min_workers
+    env = {"OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {}
+    if settings.deterministic:
+        env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    return ray.train.torch.TorchTrainer(
+        worker,
+        train_loop_config={"settings": settings.model_dump(mode="json"), "board": board, "check_only": check_only},
+        torch_config=ray.train.torch.TorchConfig(timeout_s=int(max(60, 2 * resources.hang_timeout_s))),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=least if least == most else (least, most),
+            use_gpu=use_gpu,
+            resources_per_worker=per_worker,
+            elastic_resize_monitor_interval_s=resources.resize_check_s,
+        ),
+        run_config=ray.train.RunConfig(
+            # A fresh name each time: Ray has no say in what a run goes on from.
+            name=uuid.uuid4().hex[:12],
+            storage_path=path,
+            storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)),
+            failure_config=ray.train.FailureConfig(
+                max_failures=0 if check_only else resources.max_failures,
+                max_preemption_failures=resources.max_preemptions,
+                controller_failure_limit=resources.start_attempts,
+            ),
+            callbacks=[SaveBeforeResize(board, resources.resize_save_s)] if settings.elastic else [],
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": env} if env else None,
+        ),
+    )
+
+
+def _set_ray_train_environment(settings: TrainSettings) -> None:
+    """Ray Train reads these from the driver's environment and hands them to its controller and workers."""
+    resources = settings.resources
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(resources.start_timeout_s)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(resources.hang_timeout_s)
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    # ray.train.report waits for the controller's next look: 2 s by default.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+
+
+def _error(kind: str, message: str) -> ScenerayError:
+    found = getattr(errors, kind, None)
+    if isinstance(found, type) and issubclass(found, ScenerayError):
+        return found(message)
+    return TrainingError(message)
+
+
+def _explain(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = lines[-1] if lines else type(error).__name__
+    return f"the workers ended for good: {last} The run folder's logs/ and --debug say more; the same command goes on."
