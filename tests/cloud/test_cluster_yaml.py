@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
-from tests.support import ROOT
+from tests.metadata import FakeEc2, serving
+from tests.support import POLL_S, ROOT
 
 Config = dict[str, Any]
 
@@ -181,7 +187,7 @@ def test_images_hold_the_pinned_ray(shipped: Config) -> None:
 def test_mounted_files_are_in_the_repository(shipped: Config) -> None:
     """Every mounted file that is not the user's own exists at its path from the repository's root."""
     own = [source for source in shipped["file_mounts"].values() if not source.startswith("~")]
-    assert sorted(own) == ["constraints.txt", "pyproject.toml"]
+    assert {"constraints.txt", "pyproject.toml"} < set(own)
     assert all((ROOT / source).is_file() for source in own)
 
 
@@ -209,3 +215,86 @@ def test_setup_may_run_twice_and_installs_the_pinned_dependencies(shipped: Confi
     assert not any(line.startswith(("pytest", "sceneray")) for line in asked)
     calls = (home / "pip.log").read_text().splitlines()
     assert calls == [f"install --quiet --no-cache-dir -r {tmp_path}/list.txt -c constraints.txt"] * 2
+
+
+@pytest.fixture
+def node(shipped: Config, tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """The home of a worker with what cluster.yaml mounts there, and the environment of a shell on it."""
+    home, tools = tmp_path / "home", tmp_path / "bin"
+    for target, source in shipped["file_mounts"].items():
+        if not source.startswith("~"):
+            path = home / target.removeprefix("~/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes((ROOT / source).read_bytes())
+    tools.mkdir()
+    python = tools / "python"
+    # Its installed packages without this repository, another metadata server, and a record of who was started.
+    python.write_text(
+        '#!/bin/sh\necho $$ >> "$HOME/started"\n'
+        f'exec {shlex.quote(sys.executable)} "$@" ${{METADATA:+--metadata-url "$METADATA"}}\n'
+    )
+    python.chmod(0o755)
+    yield home, {"HOME": str(home), "PATH": f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin"}
+    for pid in map(int, (home / "started").read_text().split()):  # where a test failed half-way
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).environ().get("HOME") == str(home):
+                psutil.Process(pid).kill()
+
+
+def watcher_command(config: Config) -> str:
+    """The one command that starts the watcher on a worker."""
+    (command,) = [line for line in config["worker_start_ray_commands"] if "jobs.watch" in line]
+    return str(command)
+
+
+def test_what_is_mounted_is_enough_for_the_watcher(node: tuple[Path, dict[str, str]]) -> None:
+    """From the mounted files alone the watcher shows its help, and asks a metadata server that wants IMDSv2."""
+    home, environment = node
+    options: Config = {"cwd": home / "sceneray/watch", "capture_output": True, "text": True, "check": True}
+    shown = subprocess.run(["python", "-m", "jobs.watch", "--help"], env=environment, **options)
+    assert "usage: sceneray watch" in shown.stdout
+    code = "import jobs.watch, sceneray; print(jobs.watch.__file__, sceneray.__file__)"
+    used = subprocess.run(["python", "-c", code], env=environment, **options)
+    assert all(Path(file).is_relative_to(home) for file in used.stdout.split())
+    cloud = FakeEc2()
+    with serving(cloud) as url:
+        once = ["python", "-m", "jobs.watch", "--cloud", "ec2", "--once"]
+        asked = subprocess.run(once, env=environment | {"METADATA": url}, **options)
+    assert asked.stdout == "no notice\n"
+    assert len(cloud.tokens) == 1
+
+
+def test_the_watcher_outlives_the_connection_and_is_alone(shipped: Config, node: tuple[Path, dict[str, str]]) -> None:
+    """The start command returns, what it started survives a hang-up, and a second start leaves it alone."""
+    home, environment = node
+    command, cloud, started = watcher_command(shipped), FakeEc2(), home / "started"
+    with serving(cloud) as url:
+        options: dict[str, Any] = {"env": environment | {"METADATA": url}, "cwd": home, "start_new_session": True}
+        # Ray wraps each command in parentheses. The pipe would stay open where the watcher kept the shell's output.
+        with subprocess.Popen(["/bin/bash", "-c", f"({command})"], stdout=subprocess.PIPE, **options) as shell:
+            assert shell.communicate(timeout=60)[0] == b""
+        wait_until(lambda: cloud.tokens, home / "sceneray-watch.log")
+        pid = int(started.read_text())
+        try:
+            os.killpg(shell.pid, signal.SIGHUP)
+            again = subprocess.run(["/bin/bash", "-c", f"{command} wait $!"], timeout=60, check=False, **options)
+            assert (again.returncode, started.read_text()) == (1, f"{pid}\n")  # 1 is flock's: the lock is taken
+        finally:
+            os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not psutil.pid_exists(pid), home / "sceneray-watch.log")
+    assert (home / "sceneray-watch.log").read_text().endswith("sceneray: interrupted\n")
+
+
+def wait_until(condition: Callable[[], object], log: Path) -> None:
+    """Return once `condition` holds; fail with the log after a minute."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text() if log.exists() else "nothing was started"
+        time.sleep(POLL_S)  # between two polls of the condition
+
+
+def test_the_watcher_starts_after_ray_and_only_on_workers(shipped: Config) -> None:
+    """Each worker starts Ray and then its watcher, with the cluster's token mode; the head starts none."""
+    assert shipped["worker_start_ray_commands"][-1] == watcher_command(shipped)
+    assert "RAY_AUTH_MODE=token" in watcher_command(shipped)
+    assert not any("jobs.watch" in line for line in shipped["head_start_ray_commands"])
