@@ -31,6 +31,10 @@ test-unit: $(STAMP)  ## the quick tests: no Ray, no servers but S3
 test-chaos: $(STAMP)  ## slow tests that kill training workers
 	@$(BIN)/python -m pytest -m chaos $(ARGS)
 
+.PHONY: test-slice
+test-slice: $(STAMP)  ## of those, the few that CI runs
+	@$(BIN)/python -m pytest -m "chaos and slice" $(ARGS)
+
 .PHONY: lint
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/python -m ruff check .

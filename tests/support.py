@@ -54,6 +54,29 @@ def free_port() -> int:
     return port
 
 
+class Weed:
+    """The process of a SeaweedFS server, which a test may stop and start again: its files and ports stay the same."""
+
+    def __init__(self, command: list[str], folder: Path, endpoint: str) -> None:
+        self.command = command
+        self.folder = folder
+        self.endpoint = endpoint
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        log = self.folder / "weed.log"
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT, cwd=self.folder)
+        _wait_until_answers(self.endpoint, self.process, log)
+
+    def stop(self) -> None:
+        """End it at once: asked nicely it takes 20 s to close its volumes."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
 @dataclass(frozen=True)
 class S3:
     """A real S3 server (SeaweedFS) with one bucket; `environment` is what a child process needs to reach it."""
@@ -61,6 +84,7 @@ class S3:
     endpoint: str
     bucket: str
     environment: dict[str, str]
+    server: Weed
 
     def url(self, *names: str) -> str:
         """`s3://BUCKET/name/...`."""
@@ -82,6 +106,7 @@ def seaweed(folder: Path) -> Iterator[S3]:
         "-master.telemetry=false", "-s3", f"-s3.config={config}", f"-s3.port={s3_port}",
         "-s3.port.iceberg=0", "-s3.port.lance=0",  # fixed ports otherwise: a second server would die on them
         f"-master.port={others[0]}", f"-volume.port={others[1]}", f"-filer.port={others[2]}",
+        "-master.electionTimeout=1s",  # started again after a kill, its only master elects itself
     ]  # fmt: skip
     endpoint = f"http://127.0.0.1:{s3_port}"
     environment = {
@@ -91,16 +116,12 @@ def seaweed(folder: Path) -> Iterator[S3]:
         "AWS_REGION": "us-east-1",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    log = folder / "weed.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
+    server = Weed(command, folder, endpoint)
     try:
-        _wait_until_answers(endpoint, process, log)
-        yield S3(endpoint, "sceneray-test", environment)
+        server.start()
+        yield S3(endpoint, "sceneray-test", environment, server)
     finally:
-        # Asked nicely it takes 20 s to close volumes that nobody will read again.
-        process.kill()
-        process.wait()
+        server.stop()
 
 
 def _weed_ports(count: int) -> list[int]:

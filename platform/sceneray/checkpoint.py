@@ -23,7 +23,7 @@ from torch import Tensor
 from sceneray import config, storage
 from sceneray.config import TrainSettings
 from sceneray.data.store import ClassInfo
-from sceneray.errors import CheckpointError, ConflictError, StorageError
+from sceneray.errors import CheckpointError, ConflictError, StorageError, UnreachableError
 from sceneray.models.pspnet import PSPNet, build_model
 from sceneray.retention import FOLDER as FOLDER
 from sceneray.retention import FORMAT as FORMAT
@@ -136,6 +136,8 @@ def load(url: str) -> Checkpoint:
             settings=TrainSettings.model_validate(yaml.safe_load(committed.read("config.yaml"))),
             ema=safetensors.torch.load(committed.read(EMA)) if EMA in committed.manifest["files"] else {},
         )
+    except UnreachableError:
+        raise  # says nothing about the checkpoint
     except (StorageError, SafetensorError) as error:
         raise CheckpointError(f"{error} Use another checkpoint of the run: RUN/{FOLDER} lists them.") from error
 

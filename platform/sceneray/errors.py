@@ -40,6 +40,10 @@ class StorageError(ScenerayError):
     """A file system refused an operation or lost an object."""
 
 
+class UnreachableError(StorageError):
+    """A file system kept failing or refused: nothing is known of what it holds."""
+
+
 class ConflictError(StorageError):
     """Another writer was first: a create or compare-and-swap lost. Never retried."""
 

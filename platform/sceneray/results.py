@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from sceneray import devices, pictures, runlog, storage
-from sceneray.retries import patiently
 from sceneray.status import RESULT
 from sceneray.steps import Data, TrainState
 
@@ -32,6 +31,5 @@ def finish(state: TrainState, data: Data, attempt: int) -> dict[str, Any]:
     pictures.write_curves(run, rows)
     if settings.log.contact_sheet:
         pictures.write_contact_sheet(run, data.val, settings.log.contact_sheet)
-    url, patience_s = storage.join(run, RESULT), settings.save.tolerate_s
-    patiently("writing the result", lambda: storage.write_json(url, result), patience_s)
+    storage.write_json(storage.join(run, RESULT), result)
     return result

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from sceneray.errors import ConflictError, StorageError
+from sceneray.errors import ConflictError, StorageError, UnreachableError
 
 ATTEMPTS = 6
 FIRST_WAIT_S = 0.3
@@ -35,12 +35,14 @@ def retry(what: str, action: Callable[[], T]) -> T:
         except _ANSWERS:
             raise
         except PermissionError as error:
-            raise StorageError(f"{what} is not permitted: {error}. Check its rights and your credentials.") from error
+            raise UnreachableError(
+                f"{what} is not permitted: {error}. Check its rights and your credentials."
+            ) from error
         except Exception as error:
             if not is_fault(error):
                 raise
             if attempt == ATTEMPTS:
-                raise StorageError(f"{what} failed {ATTEMPTS} times; last: {error}") from error
+                raise UnreachableError(f"{what} failed {ATTEMPTS} times; last: {error}") from error
             log.info("%s failed, attempt %d of %d: %s", what, attempt, ATTEMPTS, error)
             time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1) * (0.5 + random.random()))
     raise AssertionError("unreachable")

@@ -44,7 +44,8 @@ def fit(settings: TrainSettings, runtime: Runtime) -> dict[str, Any]:
     where the loss is not finite, CheckpointError where nothing can be saved.
     """
     with runlog.worker_log() as lines:
-        data = Data.open(settings)
+        patience_s = settings.save.tolerate_s
+        data = patiently("opening the data", lambda: Data.open(settings), patience_s)
         state = create_state(settings, runtime, data)
         steps.settle(state)
         state.notes += resume(state, data.store)
@@ -61,7 +62,7 @@ def fit(settings: TrainSettings, runtime: Runtime) -> dict[str, Any]:
             session.close()
         if ending != "finished":
             return {"state": ending, "step": state.step, "steps": state.steps}
-        return finish(state, data, attempt)
+        return patiently("writing the result", lambda: finish(state, data, attempt), patience_s)
 
 
 def resume(state: TrainState, store: Store) -> list[str]:

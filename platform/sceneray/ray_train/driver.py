@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from typing import Any
 
-import pyarrow.fs
 import ray
 import ray.train
 import ray.train.torch
@@ -49,7 +49,7 @@ def launch(settings: TrainSettings, on_progress: Progress, check_only: bool = Fa
     use_gpu = placement.use_gpu(settings)
     placement.check(settings, use_gpu)
     group = Group(settings, use_gpu, on_progress, check_only)
-    while (outcome := group.run())["state"] == "preempted":
+    while (outcome := group.run())["state"] == "preempted" and not group.stopping:
         group.count_preemption()
     step = f"step {outcome.get('step')} of {outcome.get('steps')}"
     if outcome["state"] == "over_budget":
@@ -57,7 +57,7 @@ def launch(settings: TrainSettings, on_progress: Progress, check_only: bool = Fa
             f"stopped at {step}; saved: the run has cost its cost.budget of {settings.cost.budget:g}. Raise it and "
             "give the same command."
         )
-    if outcome["state"] == "stopped":
+    if outcome["state"] in ("stopped", "preempted"):
         raise Interrupted(f"stopped at {step}; saved. The same command goes on from there.")
     return outcome
 
@@ -72,10 +72,13 @@ class Group:
         self.check_only = check_only
         self.preemptions = 0
         self.stopping = False
+        self.asked_to_leave = False
         self.outgrown_since: float | None = None
 
     def count_preemption(self) -> None:
         """The group left a node that is going. Raises TrainingError where that was once too often."""
+        if self.asked_to_leave:
+            return
         self.preemptions += 1
         limit = self.settings.resources.max_preemptions
         if 0 <= limit < self.preemptions:
@@ -86,13 +89,20 @@ class Group:
 
     def run(self) -> dict[str, Any]:
         """Start a worker group and show its progress until it ends; Ctrl-C becomes a wish to stop."""
+        self.asked_to_leave = False
         board = ray.remote(num_cpus=0)(Board).remote()
         # Ray's elastic policy counts draining nodes as room, and then waits for workers that nothing can start there.
         room = placement.count_room(self.settings, self.use_gpu)
         most = self.settings.max_workers
         if self.settings.elastic and placement.draining_nodes():
             most = min(most, max(room, self.settings.min_workers))
-        trainer = _trainer(self.settings, self.use_gpu, board, self.check_only, most)
+        # Ray wants a folder for a record that nobody reads. Not in the bucket: where that fails, Ray must not.
+        with tempfile.TemporaryDirectory(prefix="sceneray-ray-", ignore_cleanup_errors=True) as folder:
+            trainer = _trainer(self.settings, self.use_gpu, board, self.check_only, most, folder)
+            return self._follow(trainer, board, most)
+
+    def _follow(self, trainer: ray.train.torch.TorchTrainer, board: Any, most: int) -> dict[str, Any]:
+        """Ray Train in a thread beside this one, which shows progress and hears Ctrl-C."""
         outcome: dict[str, Any] = {}
         # An event, not join(): in Python 3.11 a Ctrl-C inside join(timeout) marks a running thread as ended.
         ended = threading.Event()
@@ -145,7 +155,7 @@ class Group:
         elif self.outgrown_since is None:
             self.outgrown_since = time.monotonic()
         elif time.monotonic() - self.outgrown_since > self.settings.resources.resize_check_s:
-            self.outgrown_since = None
+            self.outgrown_since, self.asked_to_leave = None, True
             board.request_leave.remote()
 
 
@@ -165,11 +175,10 @@ class SaveBeforeResize(ControllerCallback):  # type: ignore[misc]  # Ray has no 
 
 
 def _trainer(
-    settings: TrainSettings, use_gpu: bool, board: Any, check_only: bool, most: int
+    settings: TrainSettings, use_gpu: bool, board: Any, check_only: bool, most: int, folder: str
 ) -> ray.train.torch.TorchTrainer:
     resources = settings.resources
     _set_ray_train_environment(settings)
-    filesystem, path = storage.filesystem(storage.join(settings.run, ".ray"))
     per_worker = {"CPU": resources.cpus} | ({"GPU": 1.0} if use_gpu else {})
     least = settings.min_workers
     env = {"OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {}
@@ -188,8 +197,7 @@ def _trainer(
         run_config=ray.train.RunConfig(
             # A fresh name each time: Ray has no say in what a run goes on from.
             name=uuid.uuid4().hex[:12],
-            storage_path=path,
-            storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)),
+            storage_path=folder,
             failure_config=ray.train.FailureConfig(
                 max_failures=0 if check_only else resources.max_failures,
                 max_preemption_failures=resources.max_preemptions,
