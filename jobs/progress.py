@@ -35,7 +35,7 @@ class LiveLine:
             )
         elif row["kind"] == "note":
             self._line(row["text"])
-        else:
+        elif row["kind"] == "stopping":
             self._line("stopping: saving a checkpoint (Ctrl-C again leaves at once)")
 
     def _update(self, text: str) -> None:

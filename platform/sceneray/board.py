@@ -30,6 +30,7 @@ class Board:
         self.save_asked = 0
         self.save_done = 0
         self.seen_at = time.monotonic()
+        self.seen = False
 
     def add(self, row: dict[str, Any]) -> None:
         """A worker's progress."""
@@ -50,7 +51,7 @@ class Board:
 
     def wishes(self) -> Wishes:
         """Asked by rank 0 all the time, which also shows that it lives."""
-        self.seen_at = time.monotonic()
+        self.seen_at, self.seen = time.monotonic(), True
         return Wishes(self.stop, self.leave, self.save_asked)
 
     def request_save(self) -> int:
@@ -66,7 +67,10 @@ class Board:
         """What became of a request to save; "gone" where no worker is there to answer it."""
         if self.save_done >= number:
             return "saved"
-        return "gone" if time.monotonic() - self.seen_at > GONE_AFTER_S else "waiting"
+        if self.seen and time.monotonic() - self.seen_at <= GONE_AFTER_S:
+            return "waiting"
+        self.save_asked = self.save_done  # the next workers are not asked for it
+        return "gone"
 
     def fail(self, kind: str, message: str) -> None:
         """A worker met an error that starting again would only repeat."""

@@ -13,7 +13,7 @@ class SaveSettings(Settings):
     """When checkpoints are committed and how many stay. Every evaluation commits one; these come on top."""
 
     every_steps: int | None = Field(None, ge=1, description="also commit every so many steps")
-    every_s: float | None = Field(None, gt=0, description="also commit when so many seconds passed since the last one")
+    every_s: float | None = Field(600.0, gt=0, description="also commit when so many seconds passed since the last one")
     keep: Positive = Field(3, description="newest checkpoints kept; the best ones stay besides")
     keep_best: Positive = Field(1, description="best-scoring checkpoints kept")
     tolerate_s: float = Field(
@@ -46,7 +46,9 @@ class ResourceSettings(Settings):
     max_failures: int = Field(8, ge=-1, description="worker failures survived; -1: without end")
     max_preemptions: int = Field(-1, ge=-1, description="drained or preempted nodes survived; -1: without end")
     hang_timeout_s: float = Field(
-        600.0, gt=0, description="a worker without progress for so long is ended and restarted"
+        600.0,
+        gt=0,
+        description="a worker without progress for so long is started again; its first step may take 10 × as long",
     )
     resize_check_s: float = Field(60.0, gt=0, description="elastic: seconds between two looks for room to grow")
     resize_save_s: float = Field(60.0, ge=0, description="elastic: the most a resize waits for a checkpoint")

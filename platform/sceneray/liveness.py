@@ -9,27 +9,32 @@ import traceback
 from collections.abc import Callable
 from types import TracebackType
 
+FIRST_BEAT = 10  # times the timeout: what the first beat may take
+
 
 class Watchdog:
     """Calls `on_hang(text)` once if no `beat` came for `timeout_s`; the text has the stack of every thread.
 
     A collective that never ends, a loader whose process is stuck, a read that never returns: all of them hold the main
-    thread, and none of them ends the process. Without `on_hang` nothing is watched.
+    thread, and none of them ends the process. Until the first `beat` ten times as long is allowed: shards are copied
+    and networks compiled then. Without `on_hang` nothing is watched.
     """
 
     def __init__(self, timeout_s: float, on_hang: Callable[[str], None] | None) -> None:
         self.timeout_s = timeout_s
         self.on_hang = on_hang
         self._beat_at = time.monotonic()
+        self._patience_s = FIRST_BEAT * timeout_s
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def beat(self, *_: object) -> None:
         """There is progress."""
         self._beat_at = time.monotonic()
+        self._patience_s = self.timeout_s
 
     def __enter__(self) -> Watchdog:
-        self.beat()
+        self._beat_at = time.monotonic()
         if self.on_hang is not None:
             self._thread.start()
         return self
@@ -44,8 +49,8 @@ class Watchdog:
         while not self._ended.wait(pause_s):
             now = time.monotonic()
             if now - looked_at > 2 * pause_s + 1:
-                self.beat()  # this thread stood still too: the whole process was stopped, or the machine was
-            elif now - self._beat_at > self.timeout_s:
+                self._beat_at = now  # this thread stood still too: the whole process was stopped, or the machine was
+            elif now - self._beat_at > self._patience_s:
                 self.on_hang(f"no progress for {now - self._beat_at:.0f} s; the threads stand at:\n{stacks()}")
                 return
             looked_at = now

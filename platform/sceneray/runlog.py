@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sceneray import storage
-from sceneray.errors import ConflictError
+from sceneray.errors import ConflictError, StorageError
 
 LOGGER = "sceneray"
 
@@ -201,7 +202,11 @@ def worker_log() -> Iterator[Parts]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
-        parts.flush()
+        try:
+            parts.flush()
+        except StorageError as error:
+            # Where the store is what failed, this must not hide the error that says so.
+            sys.stderr.write("\n".join([f"the run folder did not take this log: {error}", *parts.lines, ""]))
 
 
 def worker_folder(run: str, attempt: int, rank: int) -> str:

@@ -89,6 +89,7 @@ class TrainState:
     steps: int  # optimizer steps of the whole run
     notes: list[str] = dataclasses.field(default_factory=list)  # what the run's log should say of its start
     step: int = 0  # steps done
+    scored: bool = False  # the checkpoint that training goes on from was evaluated
 
     @property
     def scored_model(self) -> PSPNet:
@@ -298,7 +299,7 @@ def restore(state: TrainState, saved: Checkpoint, store_digest: str) -> None:
         state.ema.load(saved.ema or saved.model)
     if "scaler" in saved.state:
         state.scaler.load_state_dict(saved.state["scaler"])
-    state.step = saved.step
+    state.step, state.scored = saved.step, bool(saved.metrics)
 
 
 def _reduce_gradients(ddp: DistributedDataParallel | None, last: bool) -> contextlib.AbstractContextManager[Any]:

@@ -57,6 +57,7 @@ def fit(settings: TrainSettings, runtime: Runtime) -> dict[str, Any]:
             session.end(ending)
         except BaseException:
             session.books.update(state="failed")
+            session.saver.flush_soon()
             raise
         finally:
             session.close()
@@ -137,6 +138,9 @@ class Session:
         batches = self._batches()
         self.window = Window()
         with Watchdog(settings.resources.hang_timeout_s, state.runtime.on_hang) as watchdog:
+            if state.step in evaluations and not state.scored:
+                self.evaluate(watchdog)  # the attempt before was stopped just here, before it could
+                self.save()
             while state.step < state.steps:
                 self._step(batches)
                 watchdog.beat()
@@ -185,6 +189,7 @@ class Session:
         if self.profile is not None and (found := self.profile.step()) is not None:
             self.books.note(profiling.line(found))
             self.books.add("profile", {"step": state.step, **found})
+            self.window = Window()  # writing the trace took a while
 
     def _ending(self) -> Ending | None:
         """How the attempt ends after this step, the same on every rank: the votes rode in the step's own all-reduce."""

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 from sceneray import checkpoint, config, runlog, status, storage
 from sceneray.training import Runtime, fit
 from tests.commands import Command
+from tests.metadata import FakeEc2, serving
 from tests.stores import tiny_settings, town_store
 from tests.support import free_port
 
@@ -54,13 +55,32 @@ def settings_of(store: str, run: str, *overrides: str) -> config.TrainSettings:
     )
 
 
-def drained(address: str, node: Any, deadline_s: int) -> None:
-    """Drain a node as a spot watcher does, with Ray's own command."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address]
-    command += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-    command += ["--reason-message", "spot", "--deadline-remaining-seconds", str(deadline_s)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ.copy())
+def drain_by_command(address: str, node: str, folder: Path) -> float:
+    """Drain a node with Ray's own command; returns when that took effect, at the latest."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address, "--node-id", node]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    done = subprocess.run(
+        [*command, "--deadline-remaining-seconds", "300"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+    return time.time()
+
+
+def drain_by_notice(address: str, node: str, folder: Path) -> float:
+    """Let `sceneray watch` see a spot notice of EC2's; returns when the notice was served first."""
+    cloud = FakeEc2()
+    with serving(cloud) as url:
+        command = [sys.executable, "-m", "jobs.watch", "--cloud", "ec2", "--metadata-url", url, "--every", "1"]
+        with (folder / "watch.txt").open("wb") as log:
+            watcher = subprocess.Popen([*command, "--node-id", node, "--address", address], stdout=log, stderr=log)
+        try:
+            announced_at = time.time()
+            cloud.announce(announced_at + 300)
+            assert watcher.wait(60) == 0, (folder / "watch.txt").read_text()
+        finally:
+            watcher.kill()
+            watcher.wait()
+    return announced_at
 
 
 def has_trained(run: str, attempt: int, steps: int) -> bool:
@@ -135,9 +155,12 @@ def notes(run: str) -> list[str]:
     return lines
 
 
-def test_a_drained_node_is_left_with_everything_saved(store: str, tmp_path: Path, cluster: Any) -> None:
-    """`ray drain-node` in mid-epoch: the workers save and leave within seconds, no step is lost, and the run goes on
-    where there is room while the drained node still stands."""
+@pytest.mark.parametrize("drain", [drain_by_command, drain_by_notice])
+def test_a_drained_node_is_left_with_everything_saved(
+    store: str, tmp_path: Path, cluster: Any, drain: Callable[[str, str, Path], float]
+) -> None:
+    """`ray drain-node`, or a notice that the watcher sees, in mid-epoch: the workers save and leave within seconds, no
+    step is lost, and the run goes on where there is room while the drained node still stands."""
     run = str(tmp_path / "run")
     keeps = cluster.add_node(num_cpus=1)
     goes = cluster.add_node(num_cpus=1)
@@ -146,10 +169,9 @@ def test_a_drained_node_is_left_with_everything_saved(store: str, tmp_path: Path
     command = Command(settings_of(store, run, *length), tmp_path, "--address", cluster.address)
     command.until(lambda: len(runlog.attempts(run)) == 1 and has_trained(run, 1, 3))
     assert runlog.attempts(run)[0]["workers"] == 2
-    asked_at = time.time()
-    drained(cluster.address, goes, 300)
+    told_at = drain(cluster.address, goes.node_id, tmp_path)
     command.until(lambda: len(checkpoint.names(run)) >= 1 and storage.is_file(f"{run}/last"))
-    saved_s = storage_time(run) - asked_at
+    saved_s = storage_time(run) - told_at
     command.until(lambda: len(runlog.attempts(run)) >= 2 and has_trained(run, 2, 1))
     first = status.read_all(run)[0]
     second = runlog.attempts(run)[1]
@@ -162,4 +184,4 @@ def test_a_drained_node_is_left_with_everything_saved(store: str, tmp_path: Path
     step_s = sorted(row["seconds"] for row in rows)[len(rows) // 2]
     assert all(later["step"] == sooner["step"] + 1 for sooner, later in pairwise(rows))
     assert saved_s < 60, "long before the deadline"
-    print(f"saved {saved_s:.1f} s after `ray drain-node` was started, at steps of {step_s:.2f} s; 0 steps redone")
+    print(f"{drain.__name__}: saved after {saved_s:.1f} s, at steps of {step_s:.2f} s; left at once, 0 steps redone")

@@ -80,7 +80,10 @@ def test_help_lists_the_verbs_in_order_with_an_example():
     lines = done.stdout.splitlines()
     at = [next(i for i, line in enumerate(lines) if line.startswith(f"  {verb} ")) for verb in VERBS]
     assert at == sorted(at)
-    assert list(VERBS) == ["demo", "prepare", "train", "tune", "evaluate", "export", "predict", "serve", "submit"]
+    assert list(VERBS) == [
+        *("demo", "prepare", "train", "runs", "checkpoints", "tune"),
+        *("evaluate", "export", "predict", "serve", "submit", "watch"),
+    ]
     for index, name in zip(at, VERBS, strict=True):
         assert len(lines[index].split(maxsplit=1)[1]) > 20
         assert f"sceneray {name}" in lines[index + 1]

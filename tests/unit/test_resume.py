@@ -109,6 +109,18 @@ def test_a_going_node_makes_the_run_save_and_leave(store: str, tmp_path: Path) -
     assert (first.state, first.saved_step, second.state, second.from_step) == ("preempted", 4, "finished", 4)
 
 
+@pytest.mark.parametrize("stop", [3, 6])
+def test_stopped_where_an_evaluation_was_due(store: str, tmp_path: Path, stop: int) -> None:
+    """Stopped at the step after which it would have evaluated, a run evaluates when it goes on: no score is missing,
+    not even that of the last step."""
+    run = str(tmp_path / "run")
+    settings = tiny_settings(store, run, "log.contact_sheet=0")
+    assert fit(settings, Runtime(should_stop=at_step(stop)))["step"] == stop
+    assert fit(settings, Runtime())["state"] == "finished"
+    assert [row["step"] for row in runlog.read_metrics(run) if row["kind"] == "val"] == [3, 6]
+    assert checkpoint.load(storage.join(run, "last")).metrics
+
+
 def test_a_wish_to_save_is_answered_and_training_goes_on(store: str, tmp_path: Path) -> None:
     """Asked for a checkpoint between two others, rank 0 commits one, says so, and the run ends as ever."""
     run = str(tmp_path / "run")

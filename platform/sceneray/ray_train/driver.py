@@ -20,6 +20,7 @@ from sceneray import errors, storage
 from sceneray.board import Board
 from sceneray.config import TrainSettings
 from sceneray.errors import Interrupted, ScenerayError, TrainingError
+from sceneray.liveness import FIRST_BEAT
 from sceneray.ray_train import placement
 from sceneray.ray_train.worker import worker
 from sceneray.run_folder import check_rights, prepare_run, with_full_paths
@@ -187,7 +188,8 @@ def _trainer(
     return ray.train.torch.TorchTrainer(
         worker,
         train_loop_config={"settings": settings.model_dump(mode="json"), "board": board, "check_only": check_only},
-        torch_config=ray.train.torch.TorchConfig(timeout_s=int(max(60, 2 * resources.hang_timeout_s))),
+        # Later than the watchdog, which says where a worker stands: a first step may keep the others waiting.
+        torch_config=ray.train.torch.TorchConfig(timeout_s=int(max(60, 2 * FIRST_BEAT * resources.hang_timeout_s))),
         scaling_config=ray.train.ScalingConfig(
             num_workers=least if least == most else (least, most),
             use_gpu=use_gpu,
