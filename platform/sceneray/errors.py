@@ -6,8 +6,10 @@ The command line prints the message alone and exits with `exit_code`; a tracebac
     ├── ConfigError        a setting is unknown, malformed, or disagrees with another
     ├── DataError          a photograph, label or dataset store breaks a rule
     ├── StorageError       a file system refused or lost something
+    │   ├── UnreachableError  it kept failing or refused: nothing is known of what it holds
     │   └── ConflictError  somebody else wrote first; never retried as a storage fault
     ├── CheckpointError    a checkpoint is missing, incomplete or of another shape
+    ├── SupersededError    a later attempt has taken over the run
     ├── BundleError        a bundle is missing, incomplete or of another format version
     ├── TrainingError      training cannot go on (a loss that is not finite)
     ├── ServingError       an endpoint cannot start, or answered with an error

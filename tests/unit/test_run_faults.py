@@ -12,7 +12,7 @@ import pytest
 import s3fs
 import torch
 
-from sceneray import checkpoint, retention, runlog, storage
+from sceneray import checkpoint, retention, retries, runlog, storage
 from sceneray.errors import CheckpointError
 from sceneray.training import Runtime, fit
 from tests.fault_proxy import FaultProxy, at_endpoint
@@ -101,8 +101,11 @@ def test_a_run_outlives_a_store_that_fails_and_goes_away(tmp_path: Path) -> None
     print(f"asked again {retried} times, {failed} saves failed at first, {len(whole)} committed checkpoints, all whole")
 
 
-def test_a_store_that_never_comes_back_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_store_that_never_comes_back_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After `save.tolerate_s` without a successful save the run ends with one sentence; what was saved stays whole."""
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.02)
     town_store(str(tmp_path / "store"))
     with weed(tmp_path) as s3, at_endpoint(s3.endpoint, **s3.environment):
         s3fs.S3FileSystem().mkdir(s3.bucket)
