@@ -240,7 +240,11 @@ class Saver:
         failing_s = now - self._failing_since
         log.warning("saving fails since %.0f s, training goes on: %s", failing_s, error)
         if failing_s >= self.settings.save.tolerate_s:
-            last = f"The last committed checkpoint is {self.saved.name}" if self.saved else "None was committed yet"
+            last = (
+                f"The last committed checkpoint is {self.saved.name}"
+                if self.saved
+                else "This attempt has committed none"
+            )
             raise CheckpointError(
                 f"saving failed for {failing_s:.0f} s (save.tolerate_s is {self.settings.save.tolerate_s:g}): {error} "
                 f"{last}. Mend the store, then give the same command."

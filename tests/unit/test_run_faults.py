@@ -112,14 +112,10 @@ def test_a_store_that_never_comes_back_ends_the_run(
         run = s3.url("run")
         often = ("epochs=1300", "eval_every=2000", "save={every_steps: 2, tolerate_s: 3}", "log.contact_sheet=0")
 
-        def end_server(row: dict[str, Any]) -> None:
-            if row.get("step") == 10:
-                s3.server.stop()
-
         with pytest.raises(
             CheckpointError, match=r"saving failed for \d+ s \(save.tolerate_s is 3\).* The last committed"
         ):
-            fit(tiny_settings(str(tmp_path / "store"), run, *often), Runtime(progress=end_server))
+            fit(tiny_settings(str(tmp_path / "store"), run, *often), Runtime(on_saved=lambda _: s3.server.stop()))
         s3.server.start()
         assert checkpoint.load(storage.join(run, "last")).step >= 2
     assert "training goes on" in capsys.readouterr().err, "the log is not lost with the store"
