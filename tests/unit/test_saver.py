@@ -202,7 +202,7 @@ def test_a_disk_that_fills_up_anywhere_leaves_no_half_checkpoint(store: FaultySt
         store.restart(before, lambda now, op, first=first: full(now, op) if op.number >= first else None)
         with saving(settings, lambda _: None) as worker:
             take_snapshot(worker, 2, 0.6)
-            with pytest.raises(CheckpointError, match="None was committed yet"):
+            with pytest.raises(CheckpointError, match="This attempt has committed none"):
                 worker.finish()
         store.rules = []
         steps = committed(run)
