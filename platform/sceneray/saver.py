@@ -96,10 +96,15 @@ class Saver:
     """
 
     def __init__(
-        self, settings: TrainSettings, flush: Callable[[Saved | None], None], device: torch.device | None = None
+        self,
+        settings: TrainSettings,
+        flush: Callable[[Saved | None], None],
+        device: torch.device | None = None,
+        tell: Callable[[str], None] = log.warning,
     ) -> None:
         self.settings = settings
         self.flush = flush
+        self.tell = tell  # hears when saving begins to fail, and when it works again
         self.device = device or torch.device("cpu")
         self.stall_s = 0.0  # how long training was held by saving, since `take_stall`
         self.saved: Saved | None = None
@@ -214,7 +219,9 @@ class Saver:
                 if job is not None:
                     self._commit(*job)
                 self.flush(self.saved)
-                self._failing_since = None
+                if self._failing_since is not None:
+                    self.tell(f"saving works again, after {time.monotonic() - self._failing_since:.0f} s")
+                    self._failing_since = None
                 return
             except ConflictError:
                 raise  # an answer, not a fault
@@ -236,15 +243,15 @@ class Saver:
         """Count a fault; raises CheckpointError once saving has failed for too long."""
         self.faults += 1
         now = time.monotonic()
-        self._failing_since = self._failing_since or now
+        if self._failing_since is None:
+            self._failing_since = now
+            self.tell(f"saving fails, training goes on for {self.settings.save.tolerate_s:g} s: {error}")
         failing_s = now - self._failing_since
         log.warning("saving fails since %.0f s, training goes on: %s", failing_s, error)
         if failing_s >= self.settings.save.tolerate_s:
-            last = (
-                f"The last committed checkpoint is {self.saved.name}"
-                if self.saved
-                else "This attempt has committed none"
-            )
+            last = "This attempt has committed none"
+            if self.saved is not None:
+                last = f"The last committed checkpoint is {self.saved.name}"
             raise CheckpointError(
                 f"saving failed for {failing_s:.0f} s (save.tolerate_s is {self.settings.save.tolerate_s:g}): {error} "
                 f"{last}. Mend the store, then give the same command."

@@ -115,7 +115,7 @@ class Session:
         nodes = parallel.share_texts(state.runtime.node, state.device, state.runtime.world_size)
         start = Start(state.step, state.steps, self.epoch, nodes)
         self.books = Books(self.settings, state.runtime, attempt, lines, start)
-        self.saver = Saver(self.settings, self.books.flush, state.device)
+        self.saver = Saver(self.settings, self.books.flush, state.device, self.books.note)
         self.votes = Votes(state.device)
         self.pending: list[Tensor] = []  # totals of the steps since the last drain, in host memory
         self.scored: dict[str, Any] = {}  # val metrics of the current weights, empty between evaluations

@@ -40,12 +40,14 @@ class Outage:
         self.server = server
         self.step = step
         self.newest = 0
+        self.notes: list[str] = []
         self.went_at: int | None = None
         self.came_at: int | None = None
         self.thread = threading.Thread(target=self._go_and_come)
 
     def see(self, row: dict[str, Any]) -> None:
         """A row of progress."""
+        self.notes += [row["text"]] if row["kind"] == "note" else []
         if row["kind"] == "train":
             self.newest = row["step"]
             if self.went_at is None and self.newest >= self.step:
@@ -94,6 +96,8 @@ def test_a_run_outlives_a_store_that_fails_and_goes_away(tmp_path: Path) -> None
     assert outage.came_at > outage.went_at + 20, "training goes on while the store is away"
     retried, failed = text.count("failed, attempt"), text.count("saving fails since")
     assert failed > 0
+    assert any(note.startswith("saving fails, training goes on") for note in outage.notes)
+    assert any(note.startswith("saving works again") for note in outage.notes)
     steps = outage.came_at - outage.went_at
     print(
         f"\n{proxy.requests} requests, faults {dict(proxy.counts)}; server away {AWAY_S:g} s, {steps} steps meanwhile"
