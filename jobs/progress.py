@@ -55,11 +55,12 @@ class LiveLine:
 
 
 def step_line(row: dict[str, Any]) -> str:
-    """`epoch 3.2/12  step 160/600  41.3 images/s  loss 0.812  lr 0.00731  1:54 left`"""
+    """`epoch 3.2/12  step 160/600  41.3 images/s  loss 0.812  lr 0.00731  1:54 left`; and the cost, where prices are."""
+    spent = f"  cost {row['cost']:.2f}" if "cost" in row else ""
     return (
         f"epoch {row['epoch']:.1f}/{row['epochs']:g}  step {row['step']}/{row['steps']}  "
         f"{row['images_per_second']:.1f} images/s  loss {row['loss']:.4f}  lr {row['lr']:.5f}  "
-        f"{duration(row['seconds_left'])} left"
+        f"{duration(row['seconds_left'])} left{spent}"
     )
 
 

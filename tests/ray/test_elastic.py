@@ -21,7 +21,7 @@ from tests.metadata import FakeEc2, serving
 from tests.stores import tiny_settings, town_store
 from tests.support import free_port
 
-pytestmark = [pytest.mark.chaos, pytest.mark.slice]
+pytestmark = pytest.mark.chaos
 TRAIN, EPOCHS = 24, 30
 
 
@@ -96,6 +96,7 @@ def read(folder: str, name: str) -> str:
     return storage.read_bytes(storage.join(folder, name)).decode()
 
 
+@pytest.mark.slice
 def test_the_run_grows_and_shrinks_with_the_cluster(store: str, tmp_path: Path, cluster: Any) -> None:
     """1 → 2 → 1 workers: every sample of every epoch is used exactly once in the surviving history, and the loss is
     that of a run whose size never changed."""
@@ -128,6 +129,7 @@ def test_the_run_grows_and_shrinks_with_the_cluster(store: str, tmp_path: Path, 
     print(f"losses differ from the fixed run's by at most {difference:.1e} of them; the log says {notes(run)}")
 
 
+@pytest.mark.slice
 def test_what_cannot_be_placed_ends_with_what_is_missing(store: str, tmp_path: Path, cluster: Any) -> None:
     """Three workers on a cluster with room for one: after the time that the settings give, a sentence says what was
     asked, what there is, and what to do."""
@@ -155,7 +157,7 @@ def notes(run: str) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("drain", [drain_by_command, drain_by_notice])
+@pytest.mark.parametrize("drain", [drain_by_command, pytest.param(drain_by_notice, marks=pytest.mark.slice)])
 def test_a_drained_node_is_left_with_everything_saved(
     store: str, tmp_path: Path, cluster: Any, drain: Callable[[str, str, Path], float]
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from sceneray import checkpoint, config, runlog, storage
 from sceneray.data.store import Store
 from sceneray.errors import ConfigError, TrainingError
-from tests.commands import Command, same_bits
+from tests.commands import Command, command_line, descendants, same_bits
 from tests.stores import tiny_settings, town_store
 
 
@@ -67,6 +67,33 @@ def test_killed_and_interrupted_runs_end_with_the_clean_runs_bits(store: str, tm
     assert [record["attempt"] for record in records] == [1, 2, 3]
     assert 0 < records[1]["from_step"] <= records[2]["from_step"] == stopped_at < result["steps"]
     assert same_bits(clean, rough)
+
+
+@pytest.mark.chaos
+@pytest.mark.slice
+def test_sigterm_saves_and_a_second_signal_leaves_at_once(store: str, tmp_path: Path) -> None:
+    """SIGTERM saves the step at hand and exits with 75; asked twice, the command ends without waiting for a save, and
+    what was committed before is whole. Nothing lives on either time."""
+    run = str(tmp_path / "run")
+    settings = settings_of(
+        store, run, "epochs=200", "eval_every=200", "save.every_steps=1000", "augment.crop=[96, 128]"
+    )
+    polite = Command(settings, tmp_path)
+    polite.until(lambda: "step" in polite.text())
+    polite.process.send_signal(signal.SIGTERM)
+    started = descendants(polite.process.pid)
+    assert polite.wait() == 75, polite.text()
+    saved = checkpoint.load(f"{run}/last").step
+    assert f"stopped at step {saved} of 1200; saved." in polite.text()
+    hasty = Command(settings, tmp_path)
+    hasty.until(lambda: "step" in hasty.text().partition("going on")[2])
+    started += descendants(hasty.process.pid)
+    hasty.process.send_signal(signal.SIGINT)
+    hasty.until(lambda: "Ctrl-C again" in hasty.text())
+    hasty.process.send_signal(signal.SIGINT)
+    assert hasty.wait() in (75, 130), "75 where it was faster than the second signal"
+    assert checkpoint.load(f"{run}/last").step >= saved
+    assert not [pid for pid in started if command_line(pid)], "nothing lives on"
 
 
 def test_the_same_command_again_finds_a_finished_run(store: str, tmp_path: Path, here: None) -> None:

@@ -62,7 +62,6 @@ class Outage:
 
 
 @pytest.mark.chaos
-@pytest.mark.slice
 def test_a_run_outlives_a_store_that_fails_and_goes_away(tmp_path: Path) -> None:
     """One request in ten fails, and the server is away for 30 s: training goes on meanwhile, and the run ends with
     every checkpoint whole and the weights of an undisturbed run."""
