@@ -55,7 +55,7 @@ class LiveLine:
 
 
 def step_line(row: dict[str, Any]) -> str:
-    """`epoch 3.2/12  step 160/600  41.3 images/s  loss 0.812  lr 0.00731  1:54 left`, and the cost if it has a price."""
+    """`epoch 3.2/12  step 160/600  41.3 images/s  loss 0.812  lr 0.00731  1:54 left`, and the cost, if priced."""
     spent = f"  cost {row['cost']:.2f}" if "cost" in row else ""
     return (
         f"epoch {row['epoch']:.1f}/{row['epochs']:g}  step {row['step']}/{row['steps']}  "
