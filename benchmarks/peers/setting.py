@@ -32,10 +32,10 @@ class Size:
 FULL = Size(
     repetitions=5,
     skip=3,
-    steps=16,
+    steps=14,
     side=288,
     scenes=96,
-    batch=8,
+    batch=4,
     model="{backbone: mobilenet_v2, head_width: 128, aux_width: 64}",
     saved_model="{backbone: resnet50}",
     saved_side=96,

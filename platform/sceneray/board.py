@@ -16,7 +16,7 @@ class Wishes(NamedTuple):
 
     stop: bool  # save and end
     leave: bool  # save and leave: the run goes on with other workers
-    save: int  # number of the newest request to save and go on; 0: none yet
+    save: int  # number of the newest request to save and go on; 0: none that waits for an answer
 
 
 class Board:
@@ -31,9 +31,12 @@ class Board:
         self.save_done = 0
         self.seen_at = time.monotonic()
         self.seen = False
+        self.attempt = 0
 
     def add(self, row: dict[str, Any]) -> None:
         """A worker's progress."""
+        if row["kind"] == "attempt":
+            self.attempt = row["attempt"]
         self.rows.append(row)
 
     def take(self) -> tuple[list[dict[str, Any]], tuple[str, str] | None, float]:
@@ -52,7 +55,7 @@ class Board:
     def wishes(self) -> Wishes:
         """Asked by rank 0 all the time, which also shows that it lives."""
         self.seen_at, self.seen = time.monotonic(), True
-        return Wishes(self.stop, self.leave, self.save_asked)
+        return Wishes(self.stop, self.leave, self.save_asked if self.save_asked > self.save_done else 0)
 
     def request_save(self) -> int:
         """Ask for a checkpoint now; returns the request's number."""
@@ -75,6 +78,12 @@ class Board:
     def fail(self, kind: str, message: str) -> None:
         """A worker met an error that starting again would only repeat."""
         self.failure = self.failure or (kind, message)
+
+    def superseded(self, attempt: int, message: str) -> None:
+        """A worker's attempt was overtaken: the end where it is this board's newest, so by another command; else by the
+        group that came after it here, and nothing to tell."""
+        if attempt >= self.attempt:
+            self.fail("SupersededError", message)
 
     def failed(self) -> bool:
         """True once a worker failed for good."""

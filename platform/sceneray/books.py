@@ -14,6 +14,7 @@ from sceneray import costs, runlog, status, storage
 from sceneray.config import TrainSettings
 from sceneray.errors import StorageError
 from sceneray.mlflow_log import sinks_of
+from sceneray.retries import patiently
 from sceneray.saver import Saved
 from sceneray.steps import Runtime
 
@@ -52,7 +53,7 @@ class Books:
             if settings.log.samples:
                 self.samples = runlog.Parts(storage.join(run, "samples", f"attempt-{attempt:04d}"), "jsonl")
             self.metrics = runlog.MetricsLog(run, attempt, settings.log.tensorboard, sinks_of(settings, attempt))
-            self.earlier = [one for one in status.read_all(run) if one.attempt < attempt]
+            self.earlier = [one for one in _statuses(settings) if one.attempt < attempt]
             self.status = self._first_status(start)
 
     def _first_status(self, start: Start) -> status.Status:
@@ -165,9 +166,22 @@ class Books:
         if self.metrics is not None:
             try:
                 self.metrics.close()
+                if self.status is not None and self.status.state == "failed":
+                    status.write(self.settings.run, self.status)  # the saver may be what failed
             except StorageError as error:
-                log.warning("the last metrics were not written: %s", error)
+                log.warning("the last metrics and the status were not written: %s", error)
             self.metrics = None
+
+
+def _statuses(settings: TrainSettings) -> list[status.Status]:
+    """How the attempts so far went; none where that cannot be read, unless a budget depends on it."""
+    try:
+        return patiently("reading statuses", lambda: status.read_all(settings.run), settings.save.tolerate_s)
+    except StorageError as error:
+        if settings.cost.budget is not None:
+            raise
+        log.warning("what earlier attempts cost is not known: %s", error)
+        return []
 
 
 def _now() -> str:

@@ -192,6 +192,16 @@ def point(run: str, pointer: str, name: str, state: Mapping[str, Any], better: b
             continue  # somebody moved it between our read and our write: look again
 
 
+def point_both(run: str, name: str, state: Mapping[str, Any]) -> bool:
+    """Move `last` to a committed checkpoint, and `best` where its score is higher; False where a later attempt moved
+    `last`, and nothing is moved then."""
+    if not point(run, "last", name, state):
+        return False
+    if state["metrics"]:
+        point(run, "best", name, state, better=True)
+    return True
+
+
 def _above(new: float | None, old: float | None) -> bool:
     return new is not None and (old is None or new > old)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sceneray.config_base import Positive, Settings
 
@@ -33,6 +33,16 @@ class LogSettings(Settings):
         False,
         description="record in RUN/samples which samples each worker used; costs a small collective a step",
     )
+
+    @field_validator("mlflow")
+    @classmethod
+    def _without_password(cls, uri: str | None) -> str | None:
+        if uri is not None and "@" in uri.partition("://")[2].partition("/")[0]:
+            raise ValueError(
+                "log.mlflow must hold no user or password, because settings are written into the run folder: set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+            )
+        return uri
 
 
 class ResourceSettings(Settings):

@@ -55,7 +55,14 @@ class CheckpointError(ScenerayError):
 
 
 class SupersededError(ScenerayError):
-    """A later attempt has taken over the run: this one has nothing more to say in it."""
+    """A later attempt has taken over the run: this one, number `attempt`, has nothing more to say in it."""
+
+    def __init__(self, message: str, attempt: int = 0) -> None:
+        super().__init__(message, attempt)
+        self.attempt = attempt
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class BundleError(ScenerayError):

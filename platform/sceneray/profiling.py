@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from sceneray import storage
-
 STAGES = ("data", "forward", "backward", "optimizer", "communication", "checkpoint")
 FIRST_STEP = 3  # the steps before it pay for start-up
 STEPS = 10
+TRACE = "trace.json.gz"
 
 
 class Stages:
@@ -44,23 +43,25 @@ class Stages:
 
 
 class Profile:
-    """Profiles some steps of an attempt; the trace goes to `folder` in Chrome's format (chrome://tracing, Perfetto)."""
+    """Profiles some steps of an attempt."""
 
-    def __init__(self, stages: Stages, folder: str) -> None:
+    def __init__(self, stages: Stages) -> None:
         self.stages = stages
-        self.folder = folder
         self.steps = 0
         self.started_at = 0.0
         self.profiler: Any = None
 
-    def step(self) -> dict[str, Any] | None:
-        """Call after every step; returns the breakdown once, after the last profiled step."""
+    @property
+    def running(self) -> bool:
+        """True between the first profiled step and `end`."""
+        return self.profiler is not None
+
+    def step(self) -> bool:
+        """Call after every step; True after the last profiled one: call `end`."""
         self.steps += 1
         if self.steps == FIRST_STEP:
             self._start()
-        elif self.steps == FIRST_STEP + STEPS:
-            return self.end()
-        return None
+        return self.steps == FIRST_STEP + STEPS
 
     def _start(self) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -71,22 +72,20 @@ class Profile:
         self.stages.on = True
         self.started_at = time.monotonic()
 
-    def end(self) -> dict[str, Any] | None:
-        """Write the trace and return the breakdown; None where nothing is being profiled."""
-        if self.profiler is None:
-            return None
+    def end(self) -> tuple[dict[str, Any], bytes]:
+        """The breakdown in seconds, and the trace in Chrome's format (chrome://tracing, Perfetto), packed by gzip."""
         wall_s = time.monotonic() - self.started_at
         self.stages.on = False
         self.profiler.stop()
         steps = max(1, self.steps - FIRST_STEP)
         reduced_s = _all_reduce_s(self.profiler)
         with tempfile.TemporaryDirectory(prefix="sceneray-profile-") as folder:
-            path = Path(folder) / "trace.json.gz"
+            path = Path(folder) / TRACE
             self.profiler.export_chrome_trace(str(path))
-            storage.write_bytes(storage.join(self.folder, path.name), path.read_bytes())
+            trace = path.read_bytes()
         self.profiler = None
         seconds = {stage: value / steps for stage, value in self.stages.seconds.items()}
-        return {"steps": steps, "step_s": wall_s / steps, **seconds, "gradient_all_reduce_s": reduced_s / steps}
+        return {"steps": steps, "step_s": wall_s / steps, **seconds, "gradient_all_reduce_s": reduced_s / steps}, trace
 
 
 def line(found: dict[str, Any]) -> str:

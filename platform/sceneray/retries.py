@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from sceneray.errors import ConflictError, StorageError, UnreachableError
+from sceneray.errors import ConflictError, UnreachableError
 
 ATTEMPTS = 6
 FIRST_WAIT_S = 0.3
@@ -54,18 +54,15 @@ def is_fault(error: Exception) -> bool:
 
 
 def patiently(what: str, action: Callable[[], T], seconds: float) -> T:
-    """Run `action`, again while the store fails, for up to `seconds`: a store that is away for a minute costs a minute.
-
-    Conflicts pass through. Raises the last StorageError once the time is up.
+    """Run `action`, again while the store cannot be reached, for up to `seconds`: one that is away for a minute costs a
+    minute. Other errors pass through; raises the last UnreachableError once the time is up.
     """
     gives_up_at = time.monotonic() + seconds
     wait_s = FIRST_WAIT_S
     while True:
         try:
             return action()
-        except ConflictError:
-            raise
-        except StorageError as error:
+        except UnreachableError as error:
             if time.monotonic() + wait_s > gives_up_at:
                 raise
             log.warning("%s: %s Again in %.0f s.", what, error, wait_s)

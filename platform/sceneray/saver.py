@@ -57,12 +57,11 @@ def publish(run: str, snapshot: Snapshot, settings: TrainSettings) -> str:
     """
     state = snapshot.state
     name = checkpoints.save(run, snapshot.model, snapshot.optimizer, state, settings, snapshot.ema or None)
-    if not checkpoints.point(run, "last", name, state):
+    if not checkpoints.point_both(run, name, state):
         raise SupersededError(
-            f"a later attempt has taken over {run}; attempt {state['attempt']} saved {name}, moved nothing and ends."
+            f"a later attempt has taken over {run}; attempt {state['attempt']} saved {name}, moved nothing and ends.",
+            state["attempt"],
         )
-    if state["metrics"]:
-        checkpoints.point(run, "best", name, state, better=True)
     checkpoints.prune(run, settings.save.keep, state["attempt"], settings.save.keep_best)
     return name
 
@@ -186,7 +185,8 @@ class Saver:
         self._waiting = (new, seconds)
 
     def _is_overtaken(self, job: tuple[Snapshot, float] | None) -> bool:
-        return self._waiting is not None and (job is None or _overtakes(self._waiting[0], job[0]))
+        """True where a failing save is given up for the one that waits; a scored one never is: `best` may be its."""
+        return self._waiting is not None and (job is None or not job[0].state["metrics"])
 
     def _has_work(self) -> bool:
         return self._working or self._waiting is not None or self._flush_wanted

@@ -65,7 +65,7 @@ class Data:
     def open(cls, settings: TrainSettings) -> Data:
         """Open the store and both splits. Raises DataError where one is missing or empty."""
         store = Store.open(settings.data.store)
-        cache = ShardCache(settings.data.cache, settings.data.cache_gb)
+        cache = ShardCache(settings.data.cache, settings.data.cache_gb, settings.save.tolerate_s)
         return cls(store, store.split(settings.data.train_split, cache), store.split(settings.data.val_split, cache))
 
 
@@ -102,16 +102,16 @@ class TrainState:
         return devices.autocast_dtype(self.settings.precision, self.device)
 
 
-def create_state(settings: TrainSettings, runtime: Runtime, data: Data) -> TrainState:
-    """A state at step 0: the network from its seed, `weights` or `init_from`."""
+def create_state(settings: TrainSettings, runtime: Runtime, data: Data, fresh: bool = True) -> TrainState:
+    """A state at step 0: the network from its seed, `weights` or `init_from`; not `fresh`: a checkpoint will follow."""
     device = devices.pick_device(settings.resources.gpu, runtime.device_index)
     if device.type == "cpu":
         torch.set_num_threads(devices.cpu_threads(settings.threads, runtime.workers_here))
     devices.set_determinism(settings.deterministic, device)
     torch.manual_seed(settings.seed)
     notes: list[str] = []
-    model = build_model(settings.model, len(data.store.classes), load_weights=settings.init_from is None)
-    if settings.init_from is not None:
+    model = build_model(settings.model, len(data.store.classes), load_weights=fresh and settings.init_from is None)
+    if fresh and settings.init_from is not None:
         notes.append(start_from(model, settings.init_from, data.store.classes))
     model.to(device).train()
     if settings.channels_last:
@@ -292,9 +292,11 @@ def restore(state: TrainState, saved: Checkpoint, store_digest: str) -> None:
         prefix = name + "/"
         slots = {key[len(prefix) :]: value for key, value in saved.optimizer.items() if key.startswith(prefix)}
         for key, value in slots.items():
-            # A buffer of the parameter's shape takes its memory format and device; counters stay as they are.
+            # A buffer of the parameter's shape takes its memory format; fused kernels want counters on the device too.
             same = value.shape == parameter.shape and value.dim() > 0
-            state.optimizer.state[parameter][key] = torch.empty_like(parameter).copy_(value) if same else value
+            state.optimizer.state[parameter][key] = (
+                torch.empty_like(parameter).copy_(value) if same else value.to(parameter.device)
+            )
     if state.ema is not None:
         state.ema.load(saved.ema or saved.model)
     if "scaler" in saved.state:

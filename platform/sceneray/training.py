@@ -9,23 +9,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from sceneray import checkpoint as checkpoints
-from sceneray import devices, environment, parallel, pictures, profiling, runlog, steps, storage
+from sceneray import devices, parallel, pictures, profiling, runlog, steps, storage
 from sceneray.books import Books, Start
 from sceneray.config import TrainSettings
 from sceneray.data import order
 from sceneray.data.loader import Batch, training_loader
-from sceneray.data.store import Store
 from sceneray.liveness import Watchdog
 from sceneray.results import finish
 from sceneray.retries import patiently
 from sceneray.saver import Saver
+from sceneray.starting import newest_checkpoint, take_attempt
 from sceneray.steps import Data, Runtime, TrainState, create_state, train_step
 from sceneray.votes import Votes
 
@@ -46,9 +44,13 @@ def fit(settings: TrainSettings, runtime: Runtime) -> dict[str, Any]:
     with runlog.worker_log() as lines:
         patience_s = settings.save.tolerate_s
         data = patiently("opening the data", lambda: Data.open(settings), patience_s)
-        state = create_state(settings, runtime, data)
+        saved, said = newest_checkpoint(settings, runtime)
+        state = create_state(settings, runtime, data, fresh=saved is None)
         steps.settle(state)
-        state.notes += resume(state, data.store)
+        state.notes += said
+        if saved is not None:
+            steps.restore(state, saved, data.store.digest)
+            state.notes.append(f"going on from {saved.url}, step {state.step} of {state.steps}")
         attempt = take_attempt(state, data.store)
         lines.folder = runlog.worker_folder(settings.run, attempt, runtime.rank)
         session = Session(state, data, attempt, lines)
@@ -66,44 +68,6 @@ def fit(settings: TrainSettings, runtime: Runtime) -> dict[str, Any]:
         return patiently("writing the result", lambda: finish(state, data, attempt), patience_s)
 
 
-def resume(state: TrainState, store: Store) -> list[str]:
-    """Restore the newest committed checkpoint, the same one on every rank; returns lines for the log."""
-    run, runtime = state.settings.run, state.runtime
-    said: list[str] = []
-    patience_s = state.settings.save.tolerate_s
-    saved = None
-    if runtime.rank == 0:
-        saved = patiently("looking for checkpoints", lambda: checkpoints.newest(run, said.append), patience_s)
-    found = [0, 0] if saved is None else [saved.step, int(saved.state["attempt"])]
-    step, attempt = parallel.share_integers(found, state.device, runtime.world_size)
-    if step == 0:
-        return said
-    if saved is None:
-        name = checkpoints.name_of(step, attempt)
-        saved = patiently(f"reading {name}", lambda: checkpoints.load(storage.join(run, name)), patience_s)
-    steps.restore(state, saved, store.digest)
-    return [*said, f"going on from {saved.url}, step {step} of {state.steps}"]
-
-
-def take_attempt(state: TrainState, store: Store) -> int:
-    """This worker group's attempt number, the same on every rank; its record is written by rank 0."""
-    number = 0
-    if state.runtime.rank == 0:
-        run = state.settings.run
-        about = environment.describe(store.digest)
-        record = {
-            "from_step": state.step,
-            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "workers": state.runtime.world_size,
-            "environment": about,
-        }
-        patience_s = state.settings.save.tolerate_s
-        number = patiently("taking an attempt number", lambda: runlog.claim_attempt(run, record), patience_s)
-        environment_url = storage.join(run, "environment.json")
-        patiently("writing the environment", lambda: storage.write_json(environment_url, about), patience_s)
-    return parallel.share_integers([number], state.device, state.runtime.world_size)[0]
-
-
 class Session:
     """One attempt at a run: the loop, when it evaluates and saves, and when it ends."""
 
@@ -115,17 +79,17 @@ class Session:
         nodes = parallel.share_texts(state.runtime.node, state.device, state.runtime.world_size)
         start = Start(state.step, state.steps, self.epoch, nodes)
         self.books = Books(self.settings, state.runtime, attempt, lines, start)
+        if state.runtime.rank == 0:
+            state.runtime.progress({"kind": "attempt", "attempt": attempt})
         self.saver = Saver(self.settings, self.books.flush, state.device, self.books.note)
         self.votes = Votes(state.device)
-        self.pending: list[Tensor] = []  # totals of the steps since the last drain, in host memory
         self.scored: dict[str, Any] = {}  # val metrics of the current weights, empty between evaluations
         self.evaluations = 0
         self.window = Window()
         self.saved_at = self.told_at = time.monotonic()
         self.profile: profiling.Profile | None = None
         if self.settings.profile and state.runtime.rank == 0:
-            folder = storage.join(self.settings.run, "profile", f"attempt-{attempt:04d}")
-            self.profile = profiling.Profile(state.stages, folder)
+            self.profile = profiling.Profile(state.stages)
 
     def train(self) -> Ending:
         """Run to the end, or until somebody asks to stop or to leave. The state is then ahead of what is saved."""
@@ -150,9 +114,10 @@ class Session:
                     self.drain()
                 if ending:
                     return ending
+                due = self._save_is_due()  # asked at every step: a request that meets an evaluation is answered too
                 if evaluate:
                     self.evaluate(watchdog)
-                if evaluate or self._save_is_due():
+                if evaluate or due:
                     self.save()
                 self._tell()
         return "finished"
@@ -186,15 +151,21 @@ class Session:
         stop = runtime.should_stop() or self._over_budget()
         self.votes.put(train_step(state, parts, stop, runtime.should_leave()))
         self.window.images += len(order.step_positions(state.step - 1, self.settings.batch_size, state.positions))
-        if self.profile is not None and (found := self.profile.step()) is not None:
-            self.books.note(profiling.line(found))
-            self.books.add("profile", {"step": state.step, **found})
-            self.window = Window()  # writing the trace took a while
+        if self.profile is not None and self.profile.step():
+            self._tell_profile(self.profile)
+            self.window = Window()  # making the trace took a while
+
+    def _tell_profile(self, profile: profiling.Profile) -> None:
+        """The stage breakdown as a line and a row; the trace as a file."""
+        found, trace = profile.end()
+        self.books.note(profiling.line(found))
+        self.books.add("profile", {"step": self.state.step, **found})
+        folder = storage.join(self.settings.run, "profile", f"attempt-{self.attempt:04d}")
+        self.books.add_file(storage.join(folder, profiling.TRACE), trace)
 
     def _ending(self) -> Ending | None:
         """How the attempt ends after this step, the same on every rank: the votes rode in the step's own all-reduce."""
-        totals = self.votes.take()
-        self.pending += totals
+        totals = self.votes.decided()
         if any(row[2] > 0 for row in totals):
             return "over_budget" if self._over_budget() else "stopped"
         return "preempted" if any(row[3] > 0 for row in totals) else None
@@ -220,13 +191,12 @@ class Session:
 
     def drain(self) -> None:
         """Log the steps since the last call. The one wait for the device."""
-        self.pending += self.votes.take(everything=True)
-        if not self.pending:
+        rows = self.votes.rows()
+        if not rows:
             return
         state = self.state
-        totals = torch.stack(self.pending)
-        done = range(state.step - len(self.pending), state.step)
-        self.pending.clear()
+        totals = torch.stack(rows)
+        done = range(state.step - len(rows), state.step)
         steps.check_finite(state, self.data, done, totals)
         window, self.window = self.window, Window()
         seconds = window.age_s
@@ -249,7 +219,12 @@ class Session:
 
     def evaluate(self, watchdog: Watchdog) -> None:
         """Score the current weights on the val split; now and then draw what they see."""
-        result = steps.evaluate(self.state, self.data, watchdog.beat)
+
+        def alive(_: int) -> None:
+            watchdog.beat()
+            self._tell()
+
+        result = steps.evaluate(self.state, self.data, alive)
         self.scored = {
             "miou": result.miou,
             "pixel_accuracy": result.pixel_accuracy,
@@ -274,10 +249,10 @@ class Session:
 
     def save(self) -> None:
         """Hand a checkpoint to the saver; report what was measured on it."""
+        self.saved_at = time.monotonic()
         if self.state.runtime.rank == 0:
             self.drain()
             steps.check_weights(self.state)
-            self.saved_at = time.monotonic()
             with self.state.stages("checkpoint"):
                 ema = self.state.ema
                 self.saver.save(
@@ -315,11 +290,11 @@ class Session:
 
     def end(self, ending: Ending) -> None:
         """Commit where training stands, and how it ended."""
-        if self.profile is not None:
-            self.profile.end()
         self.saver.finish()
         if ending != "finished":  # the last step of a finished run was evaluated and saved already
             self.save()
+        if self.profile is not None and self.profile.running:
+            self._tell_profile(self.profile)
         self.books.update(state=ending)
         self.saver.flush_soon()
         self.saver.finish()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 GPU_LAG = 2
+Queue = deque[tuple[Tensor, torch.cuda.Event | None]]
 
 
 class Votes:
@@ -21,25 +22,35 @@ class Votes:
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self.lag = GPU_LAG if self.on_gpu else 0
-        self._under_way: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._ballots: Queue = deque()  # not decided on yet
+        self._rows: Queue = deque()  # not logged yet
 
     def put(self, totals: Tensor) -> None:
         """Totals of the step just launched, float64 [4] on the device."""
-        if not self.on_gpu:
-            self._under_way.append((totals, None))
-            return
-        host = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True)
-        host.copy_(totals, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._under_way.append((host, arrived))
+        entry: tuple[Tensor, torch.cuda.Event | None] = (totals, None)
+        if self.on_gpu:
+            host = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True)
+            host.copy_(totals, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            entry = (host, arrived)
+        self._ballots.append(entry)
+        self._rows.append(entry)
 
-    def take(self, everything: bool = False) -> list[Tensor]:
-        """Totals not taken yet, oldest first, on the host: those older than the lag, or all of them."""
-        taken = []
-        while len(self._under_way) > (0 if everything else self.lag):
-            totals, arrived = self._under_way.popleft()
-            if arrived is not None:
-                arrived.synchronize()
-            taken.append(totals)
-        return taken
+    def decided(self) -> list[Tensor]:
+        """Totals to decide on now, each once, oldest first: the same ones on every rank, whatever was logged so far."""
+        return _taken(self._ballots, self.lag)
+
+    def rows(self) -> list[Tensor]:
+        """Totals of all steps since the last call, oldest first; waits for the device."""
+        return _taken(self._rows, 0)
+
+
+def _taken(queue: Queue, leave: int) -> list[Tensor]:
+    taken = []
+    while len(queue) > leave:
+        totals, arrived = queue.popleft()
+        if arrived is not None:
+            arrived.synchronize()
+        taken.append(totals)
+    return taken

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sceneray import checkpoint, runlog, status, storage
+from sceneray import checkpoint, runlog, status, storage, training, votes
 from sceneray.config import TrainSettings
+from sceneray.errors import StorageError
 from sceneray.training import Runtime, fit
 from tests.stores import tiny_settings, town_store
 
@@ -107,6 +108,56 @@ def test_a_going_node_makes_the_run_save_and_leave(store: str, tmp_path: Path) -
     assert fit(settings, Runtime())["attempts"] == 2
     first, second = status.read_all(run)
     assert (first.state, first.saved_step, second.state, second.from_step) == ("preempted", 4, "finished", 4)
+
+
+def test_votes_of_a_gpu_are_heard_whatever_is_logged(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU votes are read two steps late. Logging every step, which reads totals too, must take none of them."""
+
+    class Late(votes.Votes):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            self.lag = votes.GPU_LAG
+
+    monkeypatch.setattr(training, "Votes", Late)
+    run = str(tmp_path / "run")
+    often = ("log={every_steps: 1, contact_sheet: 0, tensorboard: false}", "save.every_steps=1", "epochs=4")
+    left = fit(tiny_settings(store, run, *often), Runtime(should_leave=at_step(2)))
+    assert left == {"state": "preempted", "step": 4, "steps": 12}
+
+
+def test_pointers_that_a_dead_writer_did_not_move(store: str, tmp_path: Path) -> None:
+    """Killed between the manifest of its only scored checkpoint and the pointers, a run still finishes, and `best`
+    names that checkpoint."""
+    run = str(tmp_path / "run")
+    settings = tiny_settings(store, run, "epochs=1", "log.contact_sheet=0")
+    fit(settings, Runtime())
+    for name in ("last", "best", "result.json"):
+        storage.remove(f"{run}/{name}")
+    assert fit(settings, Runtime())["state"] == "finished"
+    assert checkpoint.load(f"{run}/best").step == 3
+
+
+def test_a_source_that_is_gone_is_not_missed_by_a_restart(store: str, tmp_path: Path) -> None:
+    """Fine-tuning goes on after the checkpoint that it began from was removed."""
+    source, run = str(tmp_path / "source"), str(tmp_path / "run")
+    fit(tiny_settings(store, source, "epochs=0.3", "log.contact_sheet=0"), Runtime())
+    settings = tiny_settings(store, run, f"init_from={source}/best", "log.contact_sheet=0")
+    assert fit(settings, Runtime(should_stop=at_step(2)))["state"] == "stopped"
+    storage.remove(source)
+    assert fit(settings, Runtime())["state"] == "finished"
+
+
+def test_a_damaged_status_stops_no_run(store: str, tmp_path: Path) -> None:
+    """What an earlier attempt cost is not worth a run, unless there is a budget to keep."""
+    run = str(tmp_path / "run")
+    settings = tiny_settings(store, run, "log.contact_sheet=0")
+    fit(settings, Runtime(should_stop=at_step(2)))
+    storage.write_json(f"{run}/status/0001.json", {"version": 2})
+    with pytest.raises(StorageError, match="no status of version 1"):
+        fit(tiny_settings(store, run, "cost={price_per_hour: {default: 1}, budget: 9}"), Runtime())
+    assert fit(settings, Runtime())["state"] == "finished"
 
 
 @pytest.mark.parametrize("stop", [3, 6])

@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from sceneray import storage
 from sceneray.errors import StorageError
+from sceneray.retries import patiently
 
 DEFAULT_LIMIT_GB = 50.0
 # An Arrow file is a little larger than its Parquet shard (64-bit offsets, padding).
@@ -33,9 +34,10 @@ OPENS = 3
 class ShardCache:
     """A folder of at most `limit_gb` (10⁹ bytes) with the shards read last; default ~/.cache/sceneray/shards."""
 
-    def __init__(self, folder: str | None = None, limit_gb: float = DEFAULT_LIMIT_GB) -> None:
+    def __init__(self, folder: str | None = None, limit_gb: float = DEFAULT_LIMIT_GB, patience_s: float = 0.0) -> None:
         self.folder = Path(folder).expanduser() if folder is not None else default_folder()
         self.limit_bytes = int(limit_gb * 1e9)
+        self.patience_s = patience_s  # how long a store that cannot be reached is asked again
 
     def fetch(self, shard_url: str, sha256: str, size: int) -> Path:
         """The Arrow file of the shard at `shard_url`, which has `size` bytes and digest `sha256`; fetched if absent.
@@ -49,7 +51,7 @@ class ShardCache:
                 with FileLock(self.folder / f"{sha256}.lock"):
                     if not path.exists():  # another process of this node may have been first
                         self._make_room(shard_url, int(size * GROWTH) + 4096, keep=path)
-                        self._write(path, _download(shard_url, sha256, size))
+                        self._write(path, _download(shard_url, sha256, size, self.patience_s))
             except OSError as error:
                 raise StorageError(
                     f"the shard cache at {self.folder} cannot be written: {error.strerror or error}. "
@@ -149,11 +151,11 @@ def default_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "sceneray" / "shards"
 
 
-def _download(url: str, sha256: str, size: int) -> bytes:
+def _download(url: str, sha256: str, size: int, patience_s: float) -> bytes:
     """The bytes at `url`, once more where they differ from their digest."""
     for _ in range(FETCHES):
         try:
-            data = storage.read_bytes(url)
+            data = patiently(f"reading {url}", lambda: storage.read_bytes(url), patience_s)
         except FileNotFoundError as error:
             raise StorageError(f"{url} is in the store's manifest but is missing: prepare the store again.") from error
         if len(data) == size and hashlib.sha256(data).hexdigest() == sha256:

@@ -15,6 +15,7 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.train.v2._internal.execution.callback import ControllerCallback  # Ray's only hook before a resize
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sceneray import errors, storage
 from sceneray.board import Board
@@ -91,7 +92,9 @@ class Group:
     def run(self) -> dict[str, Any]:
         """Start a worker group and show its progress until it ends; Ctrl-C becomes a wish to stop."""
         self.asked_to_leave = False
-        board = ray.remote(num_cpus=0)(Board).remote()
+        # On the driver's node, as Ray Train's controller: on any other the board could be lost, and the run with it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
         # Ray's elastic policy counts draining nodes as room, and then waits for workers that nothing can start there.
         room = placement.count_room(self.settings, self.use_gpu)
         most = self.settings.max_workers

@@ -45,7 +45,10 @@ class Listener:
             # Ray's PreemptionWatcher puts it there. The public call for it, get_preemption_info, is a barrier.
             self.node_goes = preemption.preemption_info is not None
             if self.rank == 0:
-                self.heard = ray.get(self.board.wishes.remote())
+                try:
+                    self.heard = ray.get(self.board.wishes.remote())
+                except ray.exceptions.RayError as error:
+                    log.warning("the board does not answer, asking again: %s", error)
 
     def should_stop(self) -> bool:
         """Somebody asked the run to end."""
@@ -57,9 +60,11 @@ class Listener:
 
     def save_wanted(self, step: int) -> bool:
         """True once for every request to save."""
-        if self.heard.save == self.save_taken:
+        number = self.heard.save
+        if number in (0, self.save_taken):
             return False
-        self.save_taken, self.save_step = self.heard.save, step
+        self.save_step = step  # first: the saver's thread looks at both
+        self.save_taken = number
         return True
 
     def on_saved(self, step: int) -> None:
@@ -93,8 +98,9 @@ def worker(arguments: dict[str, Any]) -> dict[str, Any]:
     )
     try:
         return dry_run(settings, runtime) if arguments["check_only"] else fit(settings, runtime)
-    except SupersededError:
-        raise  # of no concern to the attempt that has taken over
+    except SupersededError as error:
+        ray.get(board.superseded.remote(error.attempt, str(error)))
+        raise
     except ScenerayError as error:
         ray.get(board.fail.remote(type(error).__name__, str(error)))
         raise
