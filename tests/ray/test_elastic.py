@@ -22,7 +22,7 @@ from tests.stores import tiny_settings, town_store
 from tests.support import free_port
 
 pytestmark = pytest.mark.chaos
-TRAIN, EPOCHS = 24, 30
+TRAIN, EPOCHS = 24, 50
 
 
 @pytest.fixture(scope="module")
