@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from jobs.cli import main_of
 from sceneray import bundle, checkpoint, storage
@@ -17,10 +18,8 @@ from sceneray.predictor import Predictor
 from tests.bundles import CLASSES, SETTINGS, agree, brightness_model, half_bright
 
 
-@pytest.fixture
-def trained(tmp_path: Path) -> str:
-    """A checkpoint of the hand-set network, as training commits it."""
-    run = str(tmp_path / "run")
+def commit(run: str, model: dict[str, Tensor], ema: dict[str, Tensor] | None = None) -> str:
+    """A scored checkpoint of the hand-set classes, as training commits it; the pointer to it."""
     state = {
         "step": 12,
         "attempt": 1,
@@ -30,9 +29,15 @@ def trained(tmp_path: Path) -> str:
         "classes": checkpoint.classes_to_json(CLASSES),
     }
     settings = TrainSettings(run=run, data=DataSettings(store="stores/x"), model=SETTINGS)
-    name = checkpoint.save(run, brightness_model().state_dict(), {}, state, settings)
+    name = checkpoint.save(run, model, {}, state, settings, ema)
     checkpoint.point(run, "best", name, state)
     return f"{run}/best"
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> str:
+    """A checkpoint of the hand-set network."""
+    return commit(str(tmp_path / "run"), brightness_model().state_dict())
 
 
 def test_the_exported_bundle_answers_as_the_checkpoint(trained: str, tmp_path: Path) -> None:
@@ -47,6 +52,16 @@ def test_the_exported_bundle_answers_as_the_checkpoint(trained: str, tmp_path: P
     assert loaded.about["source"]["digest"] == checkpoint.load(trained).digest
     image, mask = half_bright()
     assert agree(Predictor(loaded, "cpu").predict([image])[0], mask)
+
+
+def test_the_average_of_the_weights_is_what_is_exported(tmp_path: Path) -> None:
+    """Where training kept an average, the bundle holds that network and not the last step's."""
+    average = brightness_model().state_dict()
+    last_step = {name: torch.zeros_like(tensor) for name, tensor in average.items()}
+    best = commit(str(tmp_path / "run"), last_step, ema=average)
+    export(best, str(tmp_path / "bundle"), "bright", "1")
+    image, mask = half_bright()
+    assert agree(Predictor(bundle.load(str(tmp_path / "bundle")), "cpu").predict([image])[0], mask)
 
 
 def test_the_verb_names_the_model_after_the_folder(
