@@ -116,7 +116,7 @@ def test_predict_asks_the_endpoint(endpoint: httpx.Client, tmp_path: Path, monke
         predict.run(argparse.Namespace(images=[str(tmp_path)], bundle=None, url=str(endpoint.base_url), out=str(out)))
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.chaos)])
 def test_the_verb_ends_cleanly(bundle: str, tmp_path: Path, sent: signal.Signals) -> None:
     """`python -m jobs.serve` answers, then on Ctrl-C or SIGTERM exits with 0, its port free and no process left."""
     port, result = free_port(), tmp_path / "result.json"

@@ -85,7 +85,7 @@ def test_the_summary_has_the_ratios_of_what_ran():
     assert list(found["ratios"]) == ["ray_over_bare"]
     assert found["ratios"]["ray_over_bare"] == {"median": 0.95, "least": 0.9, "most": 1.0}
     assert found["loops"]["bare"]["images_per_s"] == 20.0
-    assert found["loops"]["bare"]["step_s"] == 0.4
+    assert found["loops"]["bare"]["step_s"] == setting.FULL.batch / 20
     assert found["loops"]["bare"]["ray_cpu_share"] == 0.03
     assert found["loops"]["ray 1"]["data_wait_share"] is None
     assert any("torchvision" in note and "bare" not in note for note in found["notes"])

@@ -245,6 +245,7 @@ def outage(folder: Path, seconds: float) -> None:
         assert checkpoint.load(storage.join(run, "best")).step == 1
 
 
+@pytest.mark.chaos
 def test_a_server_that_stops_for_ten_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An S3 server is ended and back after 10 s: training was not held, and the newest state is committed."""
     monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.1)
