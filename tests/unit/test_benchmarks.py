@@ -77,15 +77,15 @@ def record(rate: float, wait: float | None = 0.1) -> dict[str, object]:
 def test_the_summary_has_the_ratios_of_what_ran():
     """Medians of each loop, ratios of the pairs that both ran, and a note where steps are too short to quote."""
     measured = {
-        "bare": [record(10.0), record(20.0), record(30.0)],
-        "ray 1": [record(9.0, None), record(19.0, None), record(30.0, None)],
+        "bare": [record(5.0), record(10.0), record(15.0)],
+        "ray 1": [record(4.5, None), record(9.5, None), record(15.0, None)],
         "torchvision": [record(40.0), record(40.0), record(40.0)],
     }
     found = train.summary(measured, setting.FULL, threads=1)
     assert list(found["ratios"]) == ["ray_over_bare"]
     assert found["ratios"]["ray_over_bare"] == {"median": 0.95, "least": 0.9, "most": 1.0}
-    assert found["loops"]["bare"]["images_per_s"] == 20.0
-    assert found["loops"]["bare"]["step_s"] == setting.FULL.batch / 20
+    assert found["loops"]["bare"]["images_per_s"] == 10.0
+    assert found["loops"]["bare"]["step_s"] == setting.FULL.batch / 10
     assert found["loops"]["bare"]["ray_cpu_share"] == 0.03
     assert found["loops"]["ray 1"]["data_wait_share"] is None
     assert any("torchvision" in note and "bare" not in note for note in found["notes"])
