@@ -67,7 +67,8 @@ class Profile:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.stages.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self.profiler = torch.profiler.profile(activities=activities, record_shapes=True)
+        # acc_events: torch 2.11 warns of a cycle that ends, though there is only one.
+        self.profiler = torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True)
         self.profiler.start()
         self.stages.on = True
         self.started_at = time.monotonic()
