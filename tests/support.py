@@ -57,18 +57,32 @@ def free_port() -> int:
 class Weed:
     """The process of a SeaweedFS server, which a test may stop and start again: its files and ports stay the same."""
 
-    def __init__(self, command: list[str], folder: Path, endpoint: str) -> None:
+    def __init__(self, command: list[str], folder: Path, endpoint: str, master: str) -> None:
         self.command = command
         self.folder = folder
         self.endpoint = endpoint
+        self.master = master
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start it, and wait until it can be read from and written to."""
         log = self.folder / "weed.log"
         with log.open("ab") as output:
             self.process = subprocess.Popen(self.command, stdout=output, stderr=subprocess.STDOUT, cwd=self.folder)
-        _wait_until_answers(self.endpoint, self.process, log)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if self._is_ready():
+                return
+            time.sleep(POLL_S)
+        raise RuntimeError(f"SeaweedFS did not come up:\n{log.read_text(errors='replace')[-3000:]}")
+
+    def _is_ready(self) -> bool:
+        """The S3 gateway answers seconds before the master knows its volume server; until then every read is a 500."""
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.get(self.endpoint, timeout=5, trust_env=False)
+            status = httpx.get(f"{self.master}/dir/status", timeout=5, trust_env=False).json()
+            return bool(status["Topology"]["Max"])
+        return False
 
     def stop(self) -> None:
         """End it at once: asked nicely it takes 20 s to close its volumes."""
@@ -116,7 +130,7 @@ def seaweed(folder: Path) -> Iterator[S3]:
         "AWS_REGION": "us-east-1",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    server = Weed(command, folder, endpoint)
+    server = Weed(command, folder, endpoint, f"http://127.0.0.1:{others[0]}")
     try:
         server.start()
         yield S3(endpoint, "sceneray-test", environment, server)
@@ -142,16 +156,6 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _wait_until_answers(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.HTTPError):
-            httpx.get(endpoint, timeout=5, trust_env=False)
-            return
-        time.sleep(POLL_S)
-    raise RuntimeError(f"SeaweedFS did not come up:\n{log.read_text(errors='replace')[-3000:]}")
 
 
 @dataclass(frozen=True)

@@ -108,17 +108,18 @@ def test_a_store_that_never_comes_back_ends_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After `save.tolerate_s` without a successful save the run ends with one sentence; what was saved stays whole."""
-    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.02)
     town_store(str(tmp_path / "store"))
     with weed(tmp_path) as s3, at_endpoint(s3.endpoint, **s3.environment):
         s3fs.S3FileSystem().mkdir(s3.bucket)
         run = s3.url("run")
+        monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.02)
         often = ("epochs=1300", "eval_every=2000", "save={every_steps: 2, tolerate_s: 3}", "log.contact_sheet=0")
 
         with pytest.raises(
             CheckpointError, match=r"saving failed for \d+ s \(save.tolerate_s is 3\).* The last committed"
         ):
             fit(tiny_settings(str(tmp_path / "store"), run, *often), Runtime(on_saved=lambda _: s3.server.stop()))
+        monkeypatch.undo()
         s3.server.start()
         assert checkpoint.load(storage.join(run, "last")).step >= 2
     assert "training goes on" in capsys.readouterr().err, "the log is not lost with the store"
