@@ -27,7 +27,6 @@ _NUMBERS = (
 _TEXTS = ("state", "started_at", "updated_at", "problem")
 _KEYS = (*_TEXTS, *_NUMBERS, "nodes")
 # Before its first attempt a run folder holds no more than these.
-_PREPARED = {"config.yaml", ".ray"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +72,7 @@ def runs(url: str) -> dict[str, Any]:
 
 def is_run(names: Collection[str]) -> bool:
     """True where a folder with these `names` in it is a run's."""
-    return "config.yaml" in names and (bool({"attempts", "status"} & set(names)) or set(names) <= _PREPARED)
+    return "config.yaml" in names and (bool({"attempts", "status"} & set(names)) or set(names) == {"config.yaml"})
 
 
 def describe(run_url: str, names: Collection[str], now: datetime) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Books:
         run = settings.run
         if runtime.rank == 0:
             if settings.log.samples:
-                self.samples = runlog.Parts(storage.join(run, "samples", f"attempt-{attempt:04d}"), "jsonl")
+                self.samples = runlog.Parts(runlog.attempt_folder(run, "samples", attempt), "jsonl")
             self.metrics = runlog.MetricsLog(run, attempt, settings.log.tensorboard, sinks_of(settings, attempt))
             self.earlier = [one for one in _statuses(settings) if one.attempt < attempt]
             self.status = self._first_status(start)

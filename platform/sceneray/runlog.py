@@ -102,9 +102,8 @@ class MetricsLog:
     """The metrics of one attempt, written by rank 0: as lines in the run folder, and to every sink."""
 
     def __init__(self, run: str, attempt: int, tensorboard: bool, sinks: Sequence[Sink] = ()) -> None:
-        name = f"attempt-{attempt:04d}"
-        self.rows = Parts(storage.join(run, "metrics", name), "jsonl")
-        events = [TensorBoardFile(storage.join(run, "tensorboard", name))] if tensorboard else []
+        self.rows = Parts(attempt_folder(run, "metrics", attempt), "jsonl")
+        events = [TensorBoardFile(attempt_folder(run, "tensorboard", attempt))] if tensorboard else []
         self.sinks: tuple[Sink, ...] = (*events, *sinks)
 
     def add(self, kind: str, row: Mapping[str, Any]) -> None:
@@ -133,7 +132,7 @@ def read_metrics(run: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for attempt in attempts(run):
         rows = [row for row in rows if row["step"] <= attempt["from_step"]]
-        folder = storage.join(run, "metrics", f"attempt-{attempt['attempt']:04d}")
+        folder = attempt_folder(run, "metrics", attempt["attempt"])
         for name in storage.list_names(folder):
             rows += [json.loads(line) for line in storage.read_bytes(storage.join(folder, name)).splitlines()]
     return rows
@@ -147,7 +146,7 @@ def read_samples(run: str) -> tuple[dict[int, list[list[int]]], int]:
     for attempt in attempts(run):
         for step in [step for step in surviving if step > attempt["from_step"]]:
             again += sum(map(len, surviving.pop(step)))
-        folder = storage.join(run, "samples", f"attempt-{attempt['attempt']:04d}")
+        folder = attempt_folder(run, "samples", attempt["attempt"])
         for name in storage.list_names(folder):
             for line in storage.read_bytes(storage.join(folder, name)).splitlines():
                 row = json.loads(line)
@@ -209,9 +208,14 @@ def worker_log() -> Iterator[Parts]:
             sys.stderr.write("\n".join([f"the run folder did not take this log: {error}", *parts.lines, ""]))
 
 
+def attempt_folder(run: str, kind: str, attempt: int) -> str:
+    """Where one attempt leaves what it writes of one kind: "metrics", "logs", "samples", "profile" ..."""
+    return storage.join(run, kind, f"attempt-{attempt:04d}")
+
+
 def worker_folder(run: str, attempt: int, rank: int) -> str:
     """Where the log of one rank of one attempt goes."""
-    return storage.join(run, "logs", f"attempt-{attempt:04d}", f"rank-{rank:03d}")
+    return storage.join(attempt_folder(run, "logs", attempt), f"rank-{rank:03d}")
 
 
 class _PartsHandler(logging.Handler):

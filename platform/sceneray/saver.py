@@ -111,8 +111,8 @@ class Saver:
         self._buffers = {name: HostBuffers(self.device.type == "cuda") for name in ("model", "optimizer", "ema")}
         self._wake = threading.Condition()
         self._waiting: tuple[Snapshot, float] | None = None
+        self._job: tuple[Snapshot, float] | None = None  # on its way
         self._flush_wanted = False
-        self._busy = False
         self._working = False
         self._closing = False
         self._error: BaseException | None = None
@@ -123,7 +123,7 @@ class Saver:
     @property
     def busy(self) -> bool:
         """True while a checkpoint is on its way."""
-        return self._busy or self._waiting is not None
+        return self._job is not None or self._waiting is not None
 
     def save(self, model: Tensors, optimizer: Tensors, ema: Tensors, state: dict[str, Any], seconds: float) -> None:
         """Take a snapshot now and commit it in the background. `seconds`: the attempt's age."""
@@ -198,13 +198,13 @@ class Saver:
                 if self._waiting is None and not self._flush_wanted:
                     return  # closing, and nothing is left
                 job, self._waiting, self._flush_wanted = self._waiting, None, False
-                self._busy, self._working = job is not None, True
+                self._job, self._working = job, True
             try:
                 self._persist(job)
             except BaseException as error:  # noqa: BLE001  raised in the training thread, by `check`
                 self._error = error
             with self._wake:
-                self._busy = self._working = False
+                self._job, self._working = None, False
                 if job is not None:
                     self._reuse(job[0])
                 self._wake.notify_all()

@@ -160,7 +160,7 @@ class Session:
         found, trace = profile.end()
         self.books.note(profiling.line(found))
         self.books.add("profile", {"step": self.state.step, **found})
-        folder = storage.join(self.settings.run, "profile", f"attempt-{self.attempt:04d}")
+        folder = runlog.attempt_folder(self.settings.run, "profile", self.attempt)
         self.books.add_file(storage.join(folder, profiling.TRACE), trace)
 
     def _ending(self) -> Ending | None:

@@ -95,10 +95,11 @@ class Group:
         # On the driver's node, as Ray Train's controller: on any other the board could be lost, and the run with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-        # Ray's elastic policy counts draining nodes as room, and then waits for workers that nothing can start there.
-        room = placement.count_room(self.settings, self.use_gpu)
         most = self.settings.max_workers
         if self.settings.elastic and placement.draining_nodes():
+            # Ray's elastic policy counts draining nodes as room, and then waits for workers that nothing can start
+            # there.
+            room = placement.count_room(self.settings, self.use_gpu)
             most = min(most, max(room, self.settings.min_workers))
         # Ray wants a folder for a record that nobody reads. Not in the bucket: where that fails, Ray must not.
         with tempfile.TemporaryDirectory(prefix="sceneray-ray-", ignore_cleanup_errors=True) as folder:
@@ -183,7 +184,6 @@ def _trainer(
 ) -> ray.train.torch.TorchTrainer:
     resources = settings.resources
     _set_ray_train_environment(settings)
-    per_worker = {"CPU": resources.cpus} | ({"GPU": 1.0} if use_gpu else {})
     least = settings.min_workers
     env = {"OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {}
     if settings.deterministic:
@@ -196,7 +196,7 @@ def _trainer(
         scaling_config=ray.train.ScalingConfig(
             num_workers=least if least == most else (least, most),
             use_gpu=use_gpu,
-            resources_per_worker=per_worker,
+            resources_per_worker=placement.per_worker(settings, use_gpu),
             elastic_resize_monitor_interval_s=resources.resize_check_s,
         ),
         run_config=ray.train.RunConfig(

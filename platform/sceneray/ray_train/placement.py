@@ -15,18 +15,23 @@ def draining_nodes() -> set[str]:
     return set(ray._private.state.state.get_draining_nodes())
 
 
+def per_worker(settings: TrainSettings, gpu: bool) -> dict[str, float]:
+    """What each worker asks of the cluster, by Ray's names of resources."""
+    return {"CPU": settings.resources.cpus} | ({"GPU": 1.0} if gpu else {})
+
+
 def count_room(settings: TrainSettings, gpu: bool) -> int:
     """How many workers the cluster's nodes could hold, those that are about to go left out."""
-    per_worker = {"CPU": settings.resources.cpus} | ({"GPU": 1.0} if gpu else {})
+    needs = per_worker(settings, gpu).items()
     going = draining_nodes()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going]
-    return sum(min(int(node.get(kind, 0) // need) for kind, need in per_worker.items()) for node in nodes)
+    return sum(min(int(node.get(kind, 0) // need) for kind, need in needs) for node in nodes)
 
 
 def shortage(settings: TrainSettings, gpu: bool) -> str:
     """What was asked of the cluster, what it has, and what can be done."""
     have = ray.cluster_resources()
-    kinds = {"CPU": settings.resources.cpus} | ({"GPU": 1.0} if gpu else {})
+    kinds = per_worker(settings, gpu)
     asked = " and ".join(f"{settings.min_workers * need:g} {kind}" for kind, need in kinds.items())
     found = " and ".join(f"{have.get(kind, 0):g} {kind}" for kind in kinds)
     nodes = sum(node["Alive"] for node in ray.nodes())
