@@ -22,7 +22,7 @@ from sceneray.errors import ScenerayError
 from sceneray.masks import Photo
 from serve.api import ApiSettings, create_app
 from serve.batching import Limits, Overloaded
-from serve.schemas import Segmented
+from serve.schemas import Ask, Segmented
 from serve.settings import ServeArgs
 
 # The ingress decodes and encodes; it asks for little so that it fits beside the model on a small machine.
@@ -38,10 +38,10 @@ class SegmenterReplica:
 
         self._segmenter = Segmenter.load(bundle, limits, device, threads)
 
-    async def segment(self, image: Photo) -> Segmented | ScenerayError:
+    async def segment(self, image: Photo, ask: Ask) -> Segmented | ScenerayError:
         """The answer, or why there is none: raised, it would be logged as a failure of the replica."""
         try:
-            return await self._segmenter.segment(image)
+            return await self._segmenter.segment(image, ask)
         except ScenerayError as error:
             return error
 
@@ -69,10 +69,10 @@ class HandleBackend:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def segment(self, image: Photo) -> Segmented:
+    async def segment(self, image: Photo, ask: Ask) -> Segmented:
         """The mask of `image`. Raises what the replica answered in place of one, or Overloaded."""
         try:
-            answer = await self._handle.segment.remote(image)
+            answer = await self._handle.segment.remote(image, ask)
         except BackPressureError as error:
             raise Overloaded("every model replica is busy; try again in 1 s.") from error
         if isinstance(answer, ScenerayError):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -21,6 +21,18 @@ class ModelCard:
     classes: tuple[ClassInfo, ...]
 
 
+InputRule = Literal["native", "resize", "window"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a caller wants of one image, beside its mask."""
+
+    confidence: bool = False  # the map of how sure the model is of each pixel
+    rule: InputRule | None = None  # how the photograph becomes the model's input; None: as the bundle says
+    deadline: float | None = None  # unix time after which nobody waits for the answer
+
+
 @dataclass(frozen=True)
 class Segmented:
     """A replica's answer to one image: mask uint8 [H, W], and how many images shared its forward pass."""
@@ -28,6 +40,8 @@ class Segmented:
     mask: Mask
     model: ModelCard
     batch_size: int
+    confidence: Mask | None = None  # uint8 [H, W]: probability of the mask's class, 0 to 255; where it was asked for
+    times: dict[str, float] = field(default_factory=dict)  # seconds by stage: "queue", "model"
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,8 @@ class Answered:
     image: Photo
     mask: Mask
     model: ModelCard
+    confidence: Mask | None = None
+    batch_size: int = 1
 
 
 class ErrorBody(BaseModel):

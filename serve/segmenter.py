@@ -12,7 +12,7 @@ import torch
 from sceneray.masks import Mask, Photo
 from sceneray.predictor import Predictor
 from serve.batching import KeyedBatcher, Limits
-from serve.schemas import ModelCard, Segmented
+from serve.schemas import Ask, ModelCard, Segmented
 
 
 class Segmenter:
@@ -39,7 +39,7 @@ class Segmenter:
         predictor.self_check()
         return cls(predictor, limits)
 
-    async def segment(self, image: Photo) -> Segmented:
+    async def segment(self, image: Photo, ask: Ask = Ask()) -> Segmented:
         """The mask of `image` (uint8 [H, W, 3]).
 
         Raises DataError for an image that the network cannot take, Overloaded where the queue is full.

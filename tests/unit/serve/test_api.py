@@ -19,7 +19,7 @@ from serve.admission import UploadLimits
 from serve.answers import ANSWERS, choose
 from serve.api import ApiSettings, create_app
 from serve.batching import Limits, Overloaded
-from serve.schemas import ErrorBody, ModelBody, PredictionBody, SegmentationBody, Segmented
+from serve.schemas import Ask, ErrorBody, ModelBody, PredictionBody, SegmentationBody, Segmented
 from serve.segmenter import Segmenter
 from tests.bundles import CLASSES, agree, half_bright, write_bundle
 from tests.unit.serve.uploads import Client, encoded, png_header
@@ -235,7 +235,7 @@ class Failing:
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    async def segment(self, image: Photo) -> Segmented:  # noqa: ARG002
+    async def segment(self, image: Photo, ask: Ask) -> Segmented:  # noqa: ARG002
         """Always fails."""
         raise self._error
 
