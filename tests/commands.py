@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sceneray import checkpoint, config, runlog, storage
+from sceneray import checkpoint, config, storage
 from tests.support import ROOT
 
 LIMIT_S = 240
@@ -86,8 +86,3 @@ def same_bits(one: str, other: str) -> bool:
     """True where the final weights of two runs are equal bit for bit."""
     first, second = (checkpoint.load(storage.join(run, "last")).model for run in (one, other))
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def reached(run: str, attempts: int, checkpoints: int) -> bool:
-    """True once a run had so many attempts and has so many checkpoint folders."""
-    return len(runlog.attempts(run)) >= attempts and len(checkpoint.names(run)) >= checkpoints

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import random
 import threading
@@ -127,6 +128,26 @@ class FaultyStore:
         self.operations.clear()
         self.raised.clear()
         self.rules = list(rules)
+
+    def faults_in(
+        self,
+        action: Callable[[], object],
+        rule: Callable[[int, str], Rule],
+        moments: tuple[str, ...] = ("before", "after"),
+    ) -> Iterator[int]:
+        """For each operation of `action` and each moment: start over from what is here now, with one fault there.
+
+        `action` is done once without a fault, to count its operations; `rule` is dies_at or fails_at. Gives the number
+        of the operation that will fail; doing `action` again is left to the caller.
+        """
+        before = self.content()
+        self.restart(before)
+        action()
+        count = len(self.operations)
+        assert count, "what asks the store for nothing meets no fault"
+        for number, moment in itertools.product(range(1, count + 1), moments):
+            self.restart(before, rule(number, moment))
+            yield number
 
     @contextlib.contextmanager
     def held(self, kind: str, ending: str = "") -> Iterator[Hold]:

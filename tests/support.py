@@ -1,10 +1,12 @@
-"""What tests of several tiers share: real data beside the repository, free ports, a real S3 server, allowed skips."""
+"""What tests of several tiers share: real data, free ports, the end of a Ray, a real S3 server, allowed skips."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -52,6 +54,17 @@ def free_port() -> int:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
     return port
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a `ray start --block` and all it started, by its process group; `ray stop` would end every Ray here."""
+    # First the command alone, which takes its node down in order; asked all at once, they would wait for each other.
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 class Weed:

@@ -16,20 +16,12 @@ import pytest
 from sceneray import checkpoint, config, runlog, storage
 from tests.commands import command_line, descendants, same_bits
 from tests.fault_proxy import FaultProxy, at_endpoint
-from tests.stores import tiny_settings, town_store
+from tests.stores import tiny_settings
 from tests.support import S3
 
 pytestmark = pytest.mark.chaos
 MOMENTS = ("step", "upload", "manifest", "report")
 LIMIT_S = 300.0
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store of 24 train and 5 val scenes."""
-    url = str(tmp_path_factory.mktemp("stores") / "town")
-    town_store(url, train=24)
-    return url
 
 
 @pytest.fixture(scope="module")

@@ -15,22 +15,15 @@ from typing import Any
 import pytest
 
 from sceneray import checkpoint, config, runlog, status, storage
+from sceneray.data.store import Store
 from sceneray.training import Runtime, fit
 from tests.commands import Command
 from tests.metadata import FakeEc2, serving
-from tests.stores import tiny_settings, town_store
+from tests.stores import tiny_settings
 from tests.support import free_port
 
 pytestmark = pytest.mark.chaos
-TRAIN, EPOCHS = 24, 50
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store of 24 train and 5 val scenes."""
-    url = str(tmp_path_factory.mktemp("stores") / "town")
-    town_store(url, train=TRAIN)
-    return url
+EPOCHS = 50
 
 
 @pytest.fixture
@@ -115,7 +108,8 @@ def test_the_run_grows_and_shrinks_with_the_cluster(store: str, tmp_path: Path, 
     assert (sizes[0], max(sizes), sizes[-1]) == (1, 2, 1), sizes
     used, again = runlog.read_samples(run)
     positions = [position for step in sorted(used) for rank in used[step] for position in rank]
-    assert positions == list(range(EPOCHS * TRAIN)), "each sample of each epoch once, in the order of one worker"
+    scenes = Store.open(store).rows("train")
+    assert positions == list(range(EPOCHS * scenes)), "each sample of each epoch once, in the order of one worker"
     fit(settings_of(store, fixed, *length, "workers=1"), Runtime())
     losses = [[row["loss"] for row in runlog.read_metrics(one) if row["kind"] == "train"] for one in (run, fixed)]
     first = records[1]["from_step"]

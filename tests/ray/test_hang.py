@@ -11,18 +11,10 @@ import pytest
 
 from sceneray import config, runlog, storage
 from tests.commands import Command, command_line, descendants, same_bits
-from tests.stores import tiny_settings, town_store
+from tests.stores import tiny_settings
 
 pytestmark = pytest.mark.chaos
 HANG_S = 12
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store of 24 train and 5 val scenes."""
-    url = str(tmp_path_factory.mktemp("stores") / "town")
-    town_store(url, train=24)
-    return url
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from sceneray import config
 from sceneray.config import TrainSettings
 from sceneray.data.store import Store
 from tests.stores import tiny_settings
-from tests.support import ROOT, free_port
+from tests.support import ROOT, end_group, free_port
 
 TOKEN = "5ce9e" * 8
 GO_ON = 75
@@ -97,17 +97,6 @@ def wait_until_ready(address: str, process: subprocess.Popen[bytes], log: Path) 
                 return
         time.sleep(0.2)  # between two polls of the condition
     raise RuntimeError(f"the head did not come up:\n{log.read_text(errors='replace')[-3000:]}")
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a head and everything it started, by its process group; `ray stop` would end every Ray on this machine."""
-    # First the head alone, which takes its node down in order; asked all at once, they would wait for each other.
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def submit_command(head: Head, *words: str) -> list[str]:

@@ -14,15 +14,7 @@ from sceneray import checkpoint, config, runlog, storage
 from sceneray.data.store import Store
 from sceneray.errors import ConfigError, TrainingError
 from tests.commands import Command, command_line, descendants, same_bits
-from tests.stores import tiny_settings, town_store
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store of 24 train and 5 val scenes."""
-    url = str(tmp_path_factory.mktemp("stores") / "town")
-    town_store(url, train=24)
-    return url
+from tests.stores import tiny_settings
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from jobs.notices import Ec2, Notice
 from jobs.watch import DrainError, Node, NoNodeError, drain, nodes_here
 from sceneray.errors import ConfigError, ScenerayError
 from tests.metadata import EC2_ACTION, EC2_REBALANCE, FakeEc2, Reply, always, serving
-from tests.support import POLL_S, ROOT, free_port
+from tests.support import POLL_S, ROOT, end_group, free_port
 
 TOKEN = "0dd1" * 10
 # A driver that keeps an actor on the worker, tells when the worker drains, lets go, and tells how the worker ended.
@@ -86,12 +86,7 @@ def ray_start(folder: Path, environment: dict[str, str], *options: str) -> Itera
         assert process.poll() is None, log.read_text(errors="replace")[-3000:]
         yield
     finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end_group(process)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -63,28 +63,15 @@ def finished(run: str) -> list[retention.Entry]:
     return [entry for entry in retention.entries(run) if not entry.unfinished]
 
 
-def operations_of(store: FaultyStore, action: Callable[[], object]) -> int:
-    """How many operations `action` takes where all goes well; the store is as before afterwards."""
-    before = store.content()
-    store.restart(before)
-    action()
-    count = len(store.operations)
-    store.restart(before)
-    return count
-
-
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_writer_that_dies_anywhere_leaves_whole_checkpoints(store: FaultyStore, count: int) -> None:
     """Dead before or after each operation of a save: readers find at least the last one, and the next attempt heals."""
     settings = save_settings(store.url("run"), keep=1)
     least = acknowledged(settings, count)
-    before = store.content()
-    total = operations_of(store, lambda: publish(settings, count + 1, miou=MIOUS[count]))
-    assert total > 20
-    for number, moment in itertools.product(range(1, total + 1), ("before", "after")):
-        store.restart(before, dies_at(number, moment))
+    save = partial(publish, settings, count + 1, miou=MIOUS[count])
+    for number in store.faults_in(save, dies_at):
         with pytest.raises(Died):
-            publish(settings, count + 1, miou=MIOUS[count])
+            save()
         assert len(store.operations) >= number
         store.rules.clear()
         newest = check_readers(settings.run, least, best=1)
@@ -95,6 +82,7 @@ def test_a_writer_that_dies_anywhere_leaves_whole_checkpoints(store: FaultyStore
             checkpoint.name_of(newest + 1, 2),
             checkpoint.name_of(newest + 2, 2),
         ]  # fmt: skip  nothing of the dead writer stays
+    assert number > 20, "a save takes more operations than that"
 
 
 def test_pruning_that_dies_anywhere_is_finished_later(store: FaultyStore) -> None:
@@ -102,15 +90,13 @@ def test_pruning_that_dies_anywhere_is_finished_later(store: FaultyStore) -> Non
     settings = save_settings(store.url("run"), keep=9)
     for step in range(1, 5):
         publish(settings, step, miou=MIOUS[step - 1])
-    before = store.content()
-    total = operations_of(store, lambda: checkpoint.prune(settings.run, 1, 1, 1))
-    for number, moment in itertools.product(range(1, total + 1), ("before", "after")):
-        store.restart(before, dies_at(number, moment))
+    prune = partial(checkpoint.prune, settings.run, 1, 1, 1)
+    for _ in store.faults_in(prune, dies_at):
         with pytest.raises(Died):
-            checkpoint.prune(settings.run, 1, 1, 1)
+            prune()
         store.rules.clear()
         check_readers(settings.run, 4, best=1)
-        checkpoint.prune(settings.run, 1, 1, 1)
+        prune()
         assert checkpoint.names(settings.run) == [checkpoint.name_of(1, 1), checkpoint.name_of(4, 1)]
 
 
@@ -120,12 +106,12 @@ def test_a_fault_anywhere_is_asked_again(store: FaultyStore, monkeypatch: pytest
     settings = save_settings(store.url("run"), keep=1)
     acknowledged(settings, 3)
     before = store.content()
-    total = operations_of(store, lambda: publish(settings, 4, miou=0.95))
-    publish(settings, 4, miou=0.95)
+    save = partial(publish, settings, 4, miou=0.95)
+    save()
     expected = store.content()
-    for number, moment in itertools.product(range(1, total + 1), ("before", "after")):
-        store.restart(before, fails_at(number, moment))
-        publish(settings, 4, miou=0.95)
+    store.restart(before)
+    for _ in store.faults_in(save, fails_at):
+        save()
         assert store.raised == {"OSError": 1}
         assert store.content() == expected
 
@@ -135,15 +121,13 @@ def test_a_save_is_repeated_after_a_fault_anywhere(store: FaultyStore, monkeypat
     monkeypatch.setattr(retries, "ATTEMPTS", 1)
     settings = save_settings(store.url("run"), keep=1)
     acknowledged(settings, 3)
-    before = store.content()
-    total = operations_of(store, lambda: publish(settings, 4, miou=0.95))
-    for number, moment in itertools.product(range(1, total + 1), ("before", "after")):
-        store.restart(before, fails_at(number, moment))
+    save = partial(publish, settings, 4, miou=0.95)
+    for _ in store.faults_in(save, fails_at):
         with contextlib.suppress(StorageError):
-            publish(settings, 4, miou=0.95)
+            save()
         assert store.raised == {"OSError": 1}
         store.rules.clear()
-        publish(settings, 4, miou=0.95)
+        save()
         check_readers(settings.run, 4, best=4)
         assert [entry.step for entry in finished(settings.run)] == [4]
 
@@ -166,9 +150,7 @@ def test_a_store_that_goes_away_is_no_damage(store: FaultyStore, monkeypatch: py
     monkeypatch.setattr(retries, "ATTEMPTS", 1)
     settings = save_settings(store.url("run"), keep=9)
     acknowledged(settings, 3)
-    before = store.content()
-    total = operations_of(store, lambda: checkpoint.newest(settings.run, print))
-    for number in range(1, total + 1):
-        store.restart(before, fails_at(number, "before"))
+    search = partial(checkpoint.newest, settings.run, print)
+    for _ in store.faults_in(search, fails_at, moments=("before",)):
         with pytest.raises(StorageError):
-            checkpoint.newest(settings.run, print)
+            search()

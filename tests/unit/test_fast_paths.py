@@ -7,57 +7,39 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from sceneray import steps
 from sceneray.config import TrainSettings
-from sceneray.data.loader import Batch, training_loader
-from sceneray.steps import Data, Runtime, TrainState
-from tests.stores import tiny_settings, town_store
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store of 12 train and 5 val scenes."""
-    url = str(tmp_path_factory.mktemp("stores") / "town")
-    town_store(url)
-    return url
-
-
-def first_step(settings: TrainSettings, runtime: Runtime) -> tuple[TrainState, list[Batch]]:
-    """A fresh state, and this rank's batches of the first step."""
-    data = Data.open(settings)
-    state = steps.create_state(settings, runtime, data)
-    batches = training_loader(data.train, settings, data.store.ignore_index, 0, 1, runtime.rank, runtime.world_size)
-    return state, list(batches)
+from sceneray.steps import Runtime
+from tests.ranks import first_step, process_group
+from tests.stores import tiny_settings
 
 
 def count_reductions(rank: int, folder: str, settings: list[TrainSettings]) -> None:
     """One of two ranks: how often DDP summed a bucket in one step of each of `settings`, and where gradients lie."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found: dict[str, Any] = {"reductions": []}
-    for one in settings:
-        state, batches = first_step(one, Runtime(rank=rank, world_size=2, workers_here=2))
-        steps.settle(state)
-        seen: list[int] = []
+    with process_group(rank, 2, folder):
+        for one in settings:
+            state, batches = first_step(one, Runtime(rank=rank, world_size=2, workers_here=2))
+            steps.settle(state)
+            seen: list[int] = []
 
-        def hook(_, bucket, seen=seen):  # DDP refuses annotations that are strings
-            seen.append(bucket.index())
-            return allreduce_hook(None, bucket)
+            def hook(_, bucket, seen=seen):  # DDP refuses annotations that are strings
+                seen.append(bucket.index())
+                return allreduce_hook(None, bucket)
 
-        assert state.ddp is not None
-        state.ddp.register_comm_hook(None, hook)
-        steps.train_step(state, batches)
-        found["reductions"].append(len(seen))
-        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-        found["gradients"] = len(gradients)
-        found["storages"] = len({gradient.untyped_storage().data_ptr() for gradient in gradients})
-        found["buckets"] = len(set(seen))
+            assert state.ddp is not None
+            state.ddp.register_comm_hook(None, hook)
+            steps.train_step(state, batches)
+            found["reductions"].append(len(seen))
+            gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+            found["gradients"] = len(gradients)
+            found["storages"] = len({gradient.untyped_storage().data_ptr() for gradient in gradients})
+            found["buckets"] = len(set(seen))
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
-    dist.destroy_process_group()
 
 
 def test_gradients_are_summed_once_a_step_in_their_buckets(store: str, tmp_path: Path) -> None:

@@ -5,31 +5,15 @@ from __future__ import annotations
 import hashlib
 import random
 import socket
-import uuid
-from collections.abc import Iterator
 
 import pytest
 
 from sceneray import storage
 from sceneray.errors import ConflictError
-from tests.fault_proxy import FaultProxy, at_endpoint
+from tests.fault_proxy import FaultProxy
 from tests.saving import PATIENCE_S
-from tests.support import S3
 
 MIB = 2**20
-
-
-@pytest.fixture
-def proxy(weed_server: S3) -> Iterator[FaultProxy]:
-    """A proxy before the S3 server which passes everything on until it is told otherwise; s3:// URLs go through it."""
-    with FaultProxy(weed_server.endpoint) as between, at_endpoint(between.endpoint):
-        yield between
-
-
-@pytest.fixture
-def root(weed_server: S3) -> str:
-    """The URL of an empty folder on the S3 server."""
-    return weed_server.url(uuid.uuid4().hex)
 
 
 def test_the_proxy_changes_nothing(proxy: FaultProxy, root: str) -> None:

@@ -8,24 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sceneray import checkpoint, runlog, status, storage, training, votes
 from sceneray.config import TrainSettings
 from sceneray.errors import StorageError
 from sceneray.training import Runtime, fit
-from tests.stores import tiny_settings, town_store
+from tests.ranks import process_group
+from tests.stores import tiny_settings
 
 RANKS = 4
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store of 12 train and 5 val scenes."""
-    url = str(tmp_path_factory.mktemp("stores") / "town")
-    town_store(url)
-    return url
 
 
 def weights(run: str, pointer: str = "last") -> dict[str, Tensor]:
@@ -46,14 +38,13 @@ def at_step(step: int) -> Callable[[], bool]:
 
 def interrupted_and_clean(rank: int, folder: str, clean: TrainSettings, rough: TrainSettings) -> None:
     """One of four plain processes: a run without interruption, and one that stops twice and goes on."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     here = {"rank": rank, "world_size": RANKS, "workers_here": RANKS}
-    assert fit(clean, Runtime(**here))["state"] == "finished"
-    stops = (2, 1) if rank == 1 else (99, 99)  # one rank is asked, all stop
-    for stop in stops:
-        assert fit(rough, Runtime(**here, should_stop=at_step(stop)))["state"] == "stopped"
-    assert fit(rough, Runtime(**here))["state"] == "finished"
-    dist.destroy_process_group()
+    with process_group(rank, RANKS, folder):
+        assert fit(clean, Runtime(**here))["state"] == "finished"
+        stops = (2, 1) if rank == 1 else (99, 99)  # one rank is asked, all stop
+        for stop in stops:
+            assert fit(rough, Runtime(**here, should_stop=at_step(stop)))["state"] == "stopped"
+        assert fit(rough, Runtime(**here))["state"] == "finished"
 
 
 def test_four_processes_end_with_the_same_bits(store: str, tmp_path: Path) -> None:

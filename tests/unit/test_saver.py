@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import threading
 from collections.abc import Iterator
 
@@ -131,17 +130,15 @@ def test_a_fault_at_any_operation_is_survived(store: FaultyStore, monkeypatch: p
     settings = save_settings(run, keep=1)
     for step in (1, 2):
         saver.publish(run, snapshot(step, miou=0.9 / step), settings)
-    before = store.content()
-    store.restart(before)
-    with saving(settings) as worker:
-        take_snapshot(worker, 3, 0.95)
-        worker.finish()
-    total = len(store.operations)
-    for number, moment in itertools.product(range(1, total + 1), ("before", "after")):
-        store.restart(before, fails_at(number, moment))
+
+    def save() -> saver.Saver:
         with saving(settings) as worker:
             take_snapshot(worker, 3, 0.95)
             worker.finish()
+        return worker
+
+    for number in store.faults_in(save, fails_at):
+        worker = save()
         assert store.raised == {"OSError": 1}
         # A prune leaves a checkpoint alone that it cannot read now; that alone is no fault.
         assert worker.faults == 1 or store.operations[number - 1].path.endswith("/manifest.json")

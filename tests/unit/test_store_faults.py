@@ -8,8 +8,7 @@ import logging
 import random
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,11 @@ from sceneray import checkpoint, retention, retries, saver, storage
 from sceneray.errors import ConflictError
 from tests.fault_proxy import KINDS, FaultProxy, Request, at_endpoint
 from tests.saving import PATIENCE_S, save_settings, saving, snapshot, take_snapshot, wait_for
-from tests.support import POLL_S, S3, seaweed
+from tests.support import POLL_S, seaweed
 
 MIB = 2**20
 # s3fs drops the connection of an answer that was cut short without closing it.
 pytestmark = pytest.mark.filterwarnings("ignore:Unclosed connection:ResourceWarning")
-
-
-@pytest.fixture
-def proxy(weed_server: S3) -> Iterator[FaultProxy]:
-    """A proxy before the S3 server which passes everything on until it is told otherwise; s3:// URLs go through it."""
-    with FaultProxy(weed_server.endpoint) as between, at_endpoint(between.endpoint):
-        yield between
-
-
-@pytest.fixture
-def root(weed_server: S3) -> str:
-    """The URL of an empty folder on the S3 server."""
-    return weed_server.url(uuid.uuid4().hex)
 
 
 @pytest.fixture

@@ -10,26 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sceneray import checkpoint, runlog, steps, storage
 from sceneray.config import TrainSettings
 from sceneray.data import town
-from sceneray.data.loader import Batch, training_loader
+from sceneray.data.loader import Batch
 from sceneray.dry_run import dry_run
 from sceneray.errors import CheckpointError, DataError, TrainingError
 from sceneray.steps import Data
 from sceneray.training import Runtime, fit
+from tests.ranks import first_step, process_group
 from tests.stores import tiny_settings, town_store
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store of 12 train and 5 val scenes."""
-    url = str(tmp_path_factory.mktemp("stores") / "town")
-    town_store(url)
-    return url
 
 
 @pytest.fixture(autouse=True)
@@ -168,10 +160,8 @@ def test_a_dry_run_writes_nothing(store: str, tmp_path: Path) -> None:
 
 def gradients(settings: TrainSettings, runtime: Runtime) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a run's first step."""
-    data = Data.open(settings)
-    state = steps.create_state(settings, runtime, data)
-    batches = training_loader(data.train, settings, data.store.ignore_index, 0, 1, runtime.rank, runtime.world_size)
-    totals = steps.train_step(state, list(batches))
+    state, batches = first_step(settings, runtime)
+    totals = steps.train_step(state, batches)
     return float(totals[0] / totals[1]), {
         n: p.grad.clone() for n, p in state.model.named_parameters() if p.grad is not None
     }
@@ -192,9 +182,8 @@ def test_accumulation_changes_nothing(store: str, tmp_path: Path) -> None:
 def test_the_loss_is_normalised_over_the_valid_pixels_of_the_whole_batch(store: str, tmp_path: Path) -> None:
     """Samples with many ignored pixels do not weigh more: the step's loss is that of all valid pixels together."""
     settings = tiny_settings(store, str(tmp_path), "model.norm=frozen", "accumulate=2", "model.dropout=0")
-    data = Data.open(settings)
-    whole, parts = (steps.create_state(settings, Runtime(), data) for _ in range(2))
-    batches = list(training_loader(data.train, settings, 255, 0, 1, 0, 1))
+    parts, batches = first_step(settings, Runtime())
+    whole, _ = first_step(settings, Runtime())
     batches[0].labels[:, 4:] = 255
     joined = Batch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
     totals = steps.train_step(parts, batches)
@@ -208,13 +197,12 @@ def test_the_loss_is_normalised_over_the_valid_pixels_of_the_whole_batch(store: 
 def worker(rank: int, world: int, folder: str, settings: TrainSettings) -> None:
     """One gloo rank: the gradients of the first step, then a whole run."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     runtime = Runtime(rank=rank, world_size=world)
-    loss, found = gradients(settings, runtime)
-    result = fit(settings, runtime)
+    with process_group(rank, world, folder):
+        loss, found = gradients(settings, runtime)
+        result = fit(settings, runtime)
     if rank == 0:
         torch.save({"loss": loss, "gradients": found, "state": result["state"]}, f"{folder}/result.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("norm", ["frozen", "sync"])
