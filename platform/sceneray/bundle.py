@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sceneray import __version__, storage
+from sceneray import __version__, environment, repository, storage
 from sceneray.checkpoint import classes_from_json, classes_to_json
 from sceneray.config import ModelSettings, validate
 from sceneray.data import town
@@ -89,7 +90,8 @@ def write(
     """Commit a bundle at `url`.
 
     `about` holds `name` and `version`, and whatever else describes the model: `metrics` (with the digest of the store
-    they were measured on), `source` (the checkpoint's digest). The golden mask is computed here, by `model`.
+    they were measured on), `source` (the checkpoint's digest), `input` (how photographs become the network's input: see
+    `sceneray.export`). The golden mask is computed here, by `model`.
     Raises ConfigError for a name or version that `check_names` refuses.
     """
     check_names(about["name"], about["version"])
@@ -102,11 +104,12 @@ def write(
         "format_version": VERSION,
         "classes": classes_to_json(classes),
         "ignore_index": ignore_index,
-        "input": _input_rule(settings),
+        "input": {**_input_rule(settings), **about.get("input", {})},
         "output": {"layout": "HW", "dtype": "uint8", "values": "class ids"},
         # Where the backbone's first weights came from is of no use here, and may be somebody's private path.
         "model": settings.model_copy(update={"weights": None}).model_dump(mode="json"),
-        "versions": {"sceneray": __version__} | {name: metadata.version(name) for name in LIBRARIES},
+        "versions": versions(),
+        "platform": machine(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     files = {
@@ -159,17 +162,13 @@ def check_names(name: str, version: str) -> None:
 
 
 def find(url: str) -> Committed:
-    """The committed folder of the bundle at `url`, its format checked but its files not yet read.
+    """The committed folder of the bundle at `url`, or that REPO/MODEL@champion names (`sceneray.repository`); its
+    format checked but its files not yet read.
 
     Raises BundleError where there is no bundle that this version reads.
     """
-    url = storage.absolute(url)
-    try:
-        committed = storage.open_committed(url)
-    except StorageError as error:
-        raise BundleError(f"{error} Export a bundle: {_how(url)}") from error
-    if committed is None:
-        raise BundleError(f"no bundle at {url}: nothing was ever finished there. Write one: {_how(url)}")
+    committed = repository.resolve(url)
+    url = committed.url
     kind, version = committed.manifest.get("format"), committed.manifest.get("version")
     if kind != FORMAT:
         raise BundleError(
@@ -199,6 +198,18 @@ def verify(url: str) -> Committed:
 def golden_image() -> Photo:
     """The drawn scene that every bundle answers: uint8 [192, 256, 3]."""
     return town.draw(GOLDEN_SEED, GOLDEN_HEIGHT, GOLDEN_WIDTH)[0]
+
+
+def versions() -> dict[str, str]:
+    """Versions of this code and of the libraries that can change an answer."""
+    return {"sceneray": __version__} | {name: metadata.version(name) for name in LIBRARIES}
+
+
+def machine() -> dict[str, Any]:
+    """What of this machine can change the last bit of a CPU's answer, and with it a pixel between two classes."""
+    cpu = environment.hardware()["processor"]
+    about = {"system": platform.system(), "machine": platform.machine(), "processor": cpu}
+    return about | {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
 
 
 def golden_answer(model: PSPNet, golden: Photo) -> Mask:

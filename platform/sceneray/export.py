@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sceneray import bundle, checkpoint, storage
@@ -11,12 +12,21 @@ from sceneray.predictor import Predictor
 
 
 def export(
-    checkpoint_url: str, bundle_url: str, name: str, version: str | None = None, overwrite: bool = False
+    checkpoint_url: str,
+    bundle_url: str,
+    name: str,
+    version: str | None = None,
+    overwrite: bool = False,
+    rule: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the bundle of a checkpoint, load what was written and run its golden image.
 
-    `version` names the model's version; None: the first 12 digits of the checkpoint's digest. Returns {bundle, digest,
-    name, version, checkpoint, metrics, golden_pixels, bytes}. Raises ConflictError where a bundle stands at
+    `rule` says how photographs become the network's input: {"rule": "native", "resize" or "window", "long_side": pixels
+    of `resize`, "window": side of a window, "warm": [[height, width], ...] to run before a server is ready}; what it
+    leaves out follows from the training crop. `version` names the model's version; None: the first 12 digits of the
+    checkpoint's digest.
+
+    Returns {bundle, digest, name, version, checkpoint, metrics, golden_pixels, bytes}. Raises ConflictError where a bundle stands at
     `bundle_url` already and `overwrite` is not set, and BundleError where the written bundle does not answer as the
     checkpoint does: its manifest is removed then, so that no reader takes it for a bundle; ConfigError for a name or
     version that cannot stand in a header.
@@ -29,9 +39,14 @@ def export(
     about = {
         "name": name,
         "version": version,
-        "metrics": {"store_digest": source.store_digest, "values": source.metrics},
+        "metrics": {
+            "store_digest": source.store_digest,
+            "split": source.settings.data.val_split,
+            "values": source.metrics,
+        },
         "source": {"checkpoint": storage.basename(source.url), "digest": source.digest, "step": source.step},
     }
+    about["input"] = input_rule(source.settings.augment.crop, rule or {})
     model = checkpoint.build(source)
     # Only now does an old bundle go, its manifest first: old manifest and new files together would be a damaged bundle.
     _withdraw(url)
@@ -47,6 +62,11 @@ def export(
         "golden_pixels": GOLDEN_HEIGHT * GOLDEN_WIDTH,
         "bytes": sum(entry["bytes"] for entry in written.manifest["files"].values()),
     }
+
+
+def input_rule(crop: Sequence[int], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The input rule of a network trained on crops of (height, width) `crop`; `given` has the last word."""
+    return {"rule": "native", "window": max(crop), "warm": [list(crop)], **given}
 
 
 def _refuse(url: str, overwrite: bool) -> None:

@@ -48,7 +48,7 @@ def test_the_exported_bundle_answers_as_the_checkpoint(trained: str, tmp_path: P
     assert result["bundle"] == url
     assert result["digest"] == loaded.digest
     assert (loaded.name, loaded.version) == ("bright", "3")
-    assert loaded.about["metrics"] == {"store_digest": "ab" * 32, "values": {"miou": 0.75}}
+    assert loaded.about["metrics"] == {"store_digest": "ab" * 32, "split": "val", "values": {"miou": 0.75}}
     assert loaded.about["source"]["digest"] == checkpoint.load(trained).digest
     image, mask = half_bright()
     assert agree(Predictor(loaded, "cpu").predict([image])[0], mask)
