@@ -6,10 +6,12 @@ import argparse
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from jobs import batch_options
+from jobs.batch_plan import SUFFIXES, add_shares
 from jobs.cli import main_of, say
 from sceneray.errors import DataError, ServingError
 
@@ -22,9 +24,9 @@ if TYPE_CHECKING:
 
 HELP = "write the masks and overlays of images, from a bundle or an endpoint"
 EXAMPLE = "sceneray predict photo.jpg --bundle bundles/camvid --out out"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 KEY_VARIABLE = "SCENERAY_API_KEY"
 BATCH = 8
+MANY = 200
 JPEG_QUALITY = 90
 ATTEMPTS = 5
 LONGEST_WAIT_S = 30.0
@@ -33,20 +35,28 @@ TIMEOUT_S = 150.0  # above the endpoint's own
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
+    parser.description = f"{HELP}\n\n{batch_options.NOTES}"
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file, or a folder of images (any URL)")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--bundle", help="URL of a bundle: run the model here")
     where.add_argument("--url", help=f"base URL of an endpoint (`sceneray serve`); its key in {KEY_VARIABLE}")
     parser.add_argument("--out", metavar="DIR", required=True, help="URL of the folder to write to")
     parser.add_argument("--device", help="with --bundle: cpu, cuda, ... (default: CUDA where there is one)")
+    batch_options.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Segment every image; one that fails does not stop the others, but the verb then fails at its end."""
     from sceneray import storage
 
+    if batch_options.is_batch(args):
+        from jobs.batch_predict import predict_batch
+
+        return predict_batch(args.images, args.bundle, args.out, batch_options.options_of(args))
     out = storage.absolute(args.out)
     urls = expand(args.images)
+    if args.bundle and len(urls) > MANY:
+        say(f"{len(urls)} images one after the other; --workers 1-8 does them as a batch, which can be gone on with")
     names = output_names(urls)
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
@@ -58,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 else:
                     rows.append(_save(out, names[result.url], result, segmenter.classes))
             say(f"{min(start + BATCH, len(urls))} of {len(urls)} images")
-    print(share_table(rows, segmenter.classes))
+    print(share_table(add_shares(rows), len(rows), segmenter.classes))
     print(f"{len(rows)} masks and overlays in {out}")
     if failed:
         raise DataError(f"{len(failed)} of {len(urls)} images failed: " + " | ".join(failed))
@@ -99,13 +109,16 @@ def output_names(urls: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def share_table(rows: Sequence[dict[str, Any]], classes: Sequence[ClassInfo]) -> str:
-    """Text: each class's mean share of an image's pixels, and in how many images it is."""
+def share_table(shares: Mapping[int, tuple[float, int]], images: int, classes: Sequence[ClassInfo]) -> str:
+    """Text: each class's mean share of an image's pixels, and in how many images it is.
+
+    `shares` has, by a class's id, the sum of its shares and the number of images it is in.
+    """
     width = max(len("class"), *(len(entry.name) for entry in classes))
     lines = [f"{'class':<{width}}   share  images"]
     for entry in classes:
-        found = [part["share"] for row in rows for part in row["classes"] if part["id"] == entry.id]
-        lines.append(f"{entry.name:<{width}}  {sum(found) / max(1, len(rows)):6.1%}  {len(found):6d}")
+        total, count = shares.get(entry.id, (0.0, 0))
+        lines.append(f"{entry.name:<{width}}  {total / max(1, images):6.1%}  {count:6d}")
     return "\n".join(lines)
 
 

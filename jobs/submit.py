@@ -25,7 +25,7 @@ from jobs.cli import VERBS, main_of, say
 from sceneray import config, storage
 from sceneray.errors import ConfigError, Interrupted, ScenerayError
 
-HELP = "run prepare, train, tune, evaluate or export on a Ray cluster and follow its log"
+HELP = "run prepare, train, tune, evaluate, export or predict on a Ray cluster and follow its log"
 EXAMPLE = "sceneray submit train jobs/configs/town.yaml run=s3://bucket/runs/town data.store=s3://bucket/stores/town"
 NOTES = """\
 The log of the job comes to stdout; the exit code is 0 only where the job succeeded. Ctrl-C stops the job (what it
@@ -40,6 +40,7 @@ SUBMITTABLE: dict[str, dict[str, str]] = {
     "tune": {},
     "evaluate": {"checkpoint": "CHECKPOINT", "data": "--data"},
     "export": {"checkpoint": "CHECKPOINT", "bundle": "BUNDLE"},
+    "predict": {"images": "IMAGE", "bundle": "--bundle", "out": "--out"},
 }
 SETTINGS = {"train": "sceneray.config:TrainSettings", "tune": "tune.settings:TuneSettings"}
 FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
