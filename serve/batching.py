@@ -6,7 +6,8 @@ them to one shape changes PSPNet's answers. Here each key has its queue, and a b
     it is full (items, or cost: pixels), or its first item has waited `max_wait_s`,
 
 and a worker is free; among the keys whose batch may leave, the one whose first item has waited longest goes first, so
-that no key starves. What waits is bounded by cost: past the bound `submit` raises Overloaded at once.
+that no key starves. What waits is bounded by cost: past the bound `submit` raises Overloaded at once. An item whose
+deadline has passed is not run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from sceneray.errors import ServingError
@@ -38,6 +39,10 @@ class Overloaded(ServingError):
         return str(self.args[0])
 
 
+class TooLate(ServingError):
+    """The item's deadline passed before its batch could run."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """When a batch leaves, and how much may wait."""
@@ -51,10 +56,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Batched(Generic[R]):
-    """One item's result, and how many items shared its batch."""
+    """One item's result, how many items shared its batch, and how long it waited and ran."""
 
     result: R
     batch_size: int
+    waited_s: float = field(default=0.0, compare=False)
+    ran_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(eq=False)  # compared by identity: items may be arrays
@@ -62,6 +69,7 @@ class _Waiting(Generic[T, R]):
     item: T
     cost: int
     since: float  # on the loop's clock
+    until: float | None  # likewise: when nobody waits for it any more
     future: asyncio.Future[Batched[R]]
 
 
@@ -91,18 +99,20 @@ class KeyedBatcher(Generic[T, R]):
         """Cost of all that waits for a batch."""
         return self._queued_cost
 
-    async def submit(self, item: T) -> Batched[R]:
+    async def submit(self, item: T, within_s: float | None = None, admitted: bool = False) -> Batched[R]:
         """The item's result, once its batch has run.
 
-        Raises Overloaded where the queue is full, and whatever `run` raised for the item's batch. Cancelling the
-        caller takes a waiting item out of its queue.
+        Raises Overloaded where the queue is full, unless the item belongs to something that was `admitted` before;
+        TooLate where its batch could not start `within_s` seconds; and whatever `run` raised for the item's batch.
+        Cancelling the caller takes a waiting item out of its queue.
         """
         loop = asyncio.get_running_loop()
         cost = max(1, self._cost(item))
-        if self._queued_cost + cost > self._limits.max_queued_cost:
+        if not admitted and self._queued_cost + cost > self._limits.max_queued_cost:
             wait_s = self._retry_after_s()
             raise Overloaded(f"the queue is full; try again in {wait_s} s.", wait_s)
-        waiting = _Waiting(item, cost, loop.time(), loop.create_future())
+        until = None if within_s is None else loop.time() + within_s
+        waiting = _Waiting(item, cost, loop.time(), until, loop.create_future())
         key = self._key(item)
         self._queues.setdefault(key, deque()).append(waiting)
         self._queued_cost += cost
@@ -117,7 +127,10 @@ class KeyedBatcher(Generic[T, R]):
         """Start every batch that may leave now, and set the timer for the next that may leave later."""
         loop = asyncio.get_running_loop()
         while len(self._running) < self._limits.workers and (key := self._due(loop.time())) is not None:
-            task = loop.create_task(self._execute(self._take(key)))
+            batch = self._in_time(self._take(key), loop.time())
+            if not batch:
+                continue
+            task = loop.create_task(self._execute(batch))
             self._running.add(task)
             task.add_done_callback(self._finished)
         self._set_timer(loop)
@@ -148,6 +161,13 @@ class KeyedBatcher(Generic[T, R]):
         self._queued_cost -= cost
         return batch
 
+    def _in_time(self, batch: list[_Waiting[T, R]], now: float) -> list[_Waiting[T, R]]:
+        """Those of a batch that somebody still waits for."""
+        for waiting in batch:
+            if waiting.until is not None and waiting.until < now and not waiting.future.done():
+                waiting.future.set_exception(TooLate(f"no model was free in {now - waiting.since:.1f} s."))
+        return [waiting for waiting in batch if not waiting.future.done()]
+
     async def _execute(self, batch: list[_Waiting[T, R]]) -> None:
         loop = asyncio.get_running_loop()
         started_at = loop.time()
@@ -164,10 +184,13 @@ class KeyedBatcher(Generic[T, R]):
                 if not waiting.future.done():
                     waiting.future.set_exception(error)
             return
-        self._note_speed((loop.time() - started_at) / sum(waiting.cost for waiting in batch))
+        ended_at = loop.time()
+        self._note_speed((ended_at - started_at) / sum(waiting.cost for waiting in batch))
         for waiting, result in zip(batch, results, strict=True):
             if not waiting.future.done():  # its caller may have gone
-                waiting.future.set_result(Batched(result, len(batch)))
+                waiting.future.set_result(
+                    Batched(result, len(batch), started_at - waiting.since, ended_at - started_at)
+                )
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)

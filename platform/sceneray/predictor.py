@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sceneray import bundle as bundles
 from sceneray.bundle import Bundle
 from sceneray.data.store import ClassInfo
 from sceneray.errors import BundleError, ConfigError, DataError
 from sceneray.masks import Mask, Photo
+from sceneray.models.pspnet import upscale
 
 # Pixels of one forward pass: memory grows with them, and past this nothing gets faster.
 PIXEL_BUDGET = 4_194_304
@@ -47,6 +49,11 @@ class Predictor:
         return self._bundle.classes
 
     @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self._device
+
+    @property
     def min_side(self) -> int:
         """The least height and width of an image, in pixels."""
         return self._bundle.min_side
@@ -65,8 +72,9 @@ class Predictor:
             self.check(image)
         answers: dict[int, Mask] = {}
         for chunk in _chunks(images, self._budget):
-            batch = self._forward(np.stack([images[i] for i in chunk]))
-            answers.update(zip(chunk, batch, strict=True))
+            found = self.scores([images[index] for index in chunk])
+            for index, scores in zip(chunk, found, strict=True):
+                answers[index], _ = self.finish(scores, images[index].shape[:2])
         return [answers[i] for i in range(len(images))]
 
     def check(self, image: Photo) -> None:
@@ -96,10 +104,37 @@ class Predictor:
             )
         return agreement
 
-    def _forward(self, batch: np.ndarray[Any, np.dtype[np.uint8]]) -> list[Mask]:
+    @torch.inference_mode()
+    def scores(self, images: Sequence[Photo], pad_to: int = 1) -> Tensor:
+        """Logits float [B, C, h, w] at the features' size, on the device, of images of one shape.
+
+        With `pad_to` above 1 the batch is filled up with black images to that size, and their scores are left out: the
+        kernels that a library chooses depend on the size of a batch, and so do a score's last bits.
+        """
+        count = max(len(images), pad_to)
+        batch = np.zeros((count, *images[0].shape), np.uint8)
+        for row, image in zip(batch, images, strict=False):
+            row[...] = image
         # [B, H, W, 3] in memory is what torch calls channels_last for [B, 3, H, W]: no copy.
-        images = torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device)
-        return list(self._model.predict(images).cpu().numpy())
+        found = self._model.scores(torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device))
+        return found[: len(images)]
+
+    @torch.inference_mode()
+    def finish(self, scores: Tensor, size: Sequence[int], confidence: bool = False) -> tuple[Mask, Mask | None]:
+        """One image's scores [C, h, w] as class ids uint8 [H, W] at `size`, and how sure each is: uint8 [H, W], the
+        softmax probability of the pixel's class from 0 to 255; None where it is not asked for."""
+        full = upscale(scores[None], size)[0]
+        mask: Mask = full.argmax(dim=0).to(torch.uint8).cpu().numpy()
+        if not confidence:
+            return mask, None
+        top = (full - full.amax(dim=0)).exp().sum(dim=0).reciprocal()  # softmax of the largest score
+        sure: Mask = (top * 255).round().to(torch.uint8).cpu().numpy()
+        return mask, sure
+
+    @torch.inference_mode()
+    def probabilities(self, scores: Tensor, size: Sequence[int]) -> Tensor:
+        """One image's scores [C, h, w] as class probabilities float [C, H, W] at `size`, on the device."""
+        return upscale(scores[None], size)[0].softmax(dim=0)
 
 
 def _chunks(images: Sequence[Photo], budget: int) -> Iterator[list[int]]:

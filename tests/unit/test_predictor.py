@@ -67,13 +67,13 @@ def test_a_batch_answers_as_its_images_alone(trained_looking: Bundle) -> None:
 def test_the_pixel_budget_splits_a_batch(bright: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """No forward pass has more pixels than the budget, but for a single image above it; the answers stay."""
     sizes = []
-    real = PSPNet.predict
+    real = PSPNet.scores
 
     def recording(self: PSPNet, images: torch.Tensor) -> torch.Tensor:
         sizes.append((images.shape[0], images.shape[2] * images.shape[3]))
         return real(self, images)
 
-    monkeypatch.setattr(PSPNet, "predict", recording)
+    monkeypatch.setattr(PSPNet, "scores", recording)
     small, large = half_bright(32, 32), half_bright(64, 64)
     answers = Predictor(bright, "cpu", pixel_budget=3000).predict([small[0]] * 5 + [large[0]])
     assert sizes == [(2, 1024), (2, 1024), (1, 1024), (1, 4096)]

@@ -13,6 +13,7 @@ Why align_corners=False: see pooling.py.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -89,23 +90,29 @@ class PSPNet(nn.Module):
         sample_seeds: int64 [B] from which dropout draws in training; without them it draws from torch's generator.
         Raises DataError where the images are no such batch.
         """
-        self._check(images)
         size = images.shape[-2:]
-        x = (images.to(self.mean.dtype) - self.mean) / self.std
-        aux_features, features = self.backbone(x)
-        main = _resize(self.head(self.pyramid(features), sample_seeds), size)
-        aux = _resize(self.aux_head(aux_features, sample_seeds), size) if self.training else None
+        aux_features, features = self._features(images)
+        main = upscale(self.head(self.pyramid(features), sample_seeds), size)
+        aux = upscale(self.aux_head(aux_features, sample_seeds), size) if self.training else None
         return Logits(main, aux)
 
     @torch.inference_mode()
-    def predict(self, images: Tensor) -> Tensor:
-        """Class ids uint8 [B, H, W] of images as `forward` takes them, computed on their device; in evaluation mode.
+    def scores(self, images: Tensor) -> Tensor:
+        """Main logits float [B, C, h, w] at the features' size, of images as `forward` takes them; in evaluation mode.
 
-        Raises ScenerayError in training mode, where batch norm and dropout would answer something else.
+        `upscale` brings them to any size. Apart from it, because a server runs images together that it then answers
+        one by one. Raises ScenerayError in training mode, where batch norm and dropout would answer something else.
         """
         if self.training:
-            raise ScenerayError("predict needs a network in evaluation mode: call eval() first.")
-        ids: Tensor = self(images).main.argmax(dim=1)
+            raise ScenerayError("a network answers in evaluation mode: call eval() first.")
+        _, features = self._features(images)
+        logits: Tensor = self.head(self.pyramid(features))
+        return logits
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> Tensor:
+        """Class ids uint8 [B, H, W] of images as `forward` takes them, computed on their device; in evaluation mode."""
+        ids: Tensor = upscale(self.scores(images), images.shape[-2:]).argmax(dim=1)
         return ids.to(torch.uint8)
 
     def backbone_parameters(self) -> list[nn.Parameter]:
@@ -116,6 +123,11 @@ class PSPNet(nn.Module):
         """Trainable parameters of pyramid and heads, which start from nothing."""
         parts = (self.pyramid, self.head, self.aux_head)
         return [p for part in parts for p in part.parameters() if p.requires_grad]
+
+    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self._check(images)
+        features: tuple[Tensor, Tensor] = self.backbone((images.to(self.mean.dtype) - self.mean) / self.std)
+        return features
 
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3:
@@ -164,5 +176,6 @@ def initialise(part: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def _resize(logits: Tensor, size: torch.Size) -> Tensor:
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+def upscale(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits [B, C, h, w] at `size` (height, width): bilinear, as in training."""
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
