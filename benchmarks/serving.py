@@ -1,10 +1,11 @@
-"""What batching of equal shapes gains on this machine, and what a mask costs to encode.
+"""What batching of equal shapes gains on this machine, and what each form of answer costs to encode.
 
     python -m benchmarks.serving [--images 48] [--callers 16]
 
 Prints one JSON line. The same images of two shapes, from as many callers at once, go to one model replica that batches
 them and to one that answers them one by one (max_batch_size 1); the masks must be the same. On a CPU the gain is small;
-on a GPU it is what pays. The encoder's peer is Pillow's default compression of the same palette PNG.
+on a GPU it is what pays. The encoder's peer is Pillow's default compression of the same palette PNG. `formats` has the
+milliseconds (the best of some) and KiB of every form of answer to a drawn 1080p scene.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from sceneray import bundle
 from sceneray.config import ModelSettings
@@ -27,7 +29,9 @@ from sceneray.data import town
 from sceneray.masks import Mask, Photo, colour_table, indexed_png
 from sceneray.models.pspnet import build_model
 from sceneray.predictor import Predictor
+from serve.answers import FORMATS, INCLUDES, Wish
 from serve.batching import Limits
+from serve.schemas import Answered, ModelCard
 from serve.segmenter import Segmenter
 
 SHAPES = ((240, 320), (256, 256))
@@ -43,6 +47,7 @@ def main() -> None:
     images = [town.draw(index, *SHAPES[index % 2])[0] for index in range(args.images)]
     predictor = _predictor()
     predictor.predict(images[:2])  # warm
+    photo, mask = town.draw(0, 1080, 1920)
     single_s, alone, _ = asyncio.run(_answer(predictor, images, args.callers, batch=1))
     batched_s, together, mean_batch = asyncio.run(_answer(predictor, images, args.callers, batch=8))
     result = {
@@ -53,7 +58,8 @@ def main() -> None:
         "batched_over_one_by_one": round(single_s / batched_s, 2),
         "mean_batch": round(mean_batch, 2),
         "equal_masks": all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True)),
-        **_encoding(town.draw(0, 1080, 1920)[1]),
+        **_encoding(mask),
+        "formats": _formats(photo, mask),
     }
     print(json.dumps(result))
 
@@ -106,6 +112,32 @@ def _encoding(mask: Mask) -> dict[str, float]:
         "png_kib": round(len(ours) / 1024, 1),
         "png_kib_default": round(len(theirs) / 1024, 1),
     }
+
+
+def _formats(photo: Photo, mask: Mask) -> dict[str, dict[str, float]]:
+    """Milliseconds and KiB of each format, media type and part of JSON."""
+    answered = Answered(photo, mask, ModelCard("benchmark", "0", "", town.CLASSES), _confidence(mask))
+    wishes = {
+        f"{name} {kind.partition('/')[2]}": (form, Wish(kind))
+        for name, form in FORMATS.items()
+        for kind in form.media_types
+    }
+    for part in INCLUDES:
+        wishes[f"json include={part}"] = FORMATS["json"], Wish("application/json", frozenset({part}))
+    table = {}
+    for name, (form, wish) in wishes.items():
+        seconds, body = _best(partial(form.render, answered, wish))
+        table[name] = {"ms": round(1000 * seconds, 1), "kib": round(len(body) / 1024, 1)}
+    return table
+
+
+def _confidence(mask: Mask) -> Mask:
+    """A map that falls off towards the edges between classes, as a network's does: uint8 [H, W]."""
+    edges = np.zeros(mask.shape, np.uint8)
+    edges[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    edges[1:] |= mask[1:] != mask[:-1]
+    doubt = np.asarray(Image.fromarray(255 * edges).filter(ImageFilter.GaussianBlur(6)))
+    return 255 - doubt
 
 
 def _best(work: Callable[[], bytes]) -> tuple[float, bytes]:

@@ -86,7 +86,7 @@ def _ask(url: str, folder: Path) -> dict[str, Any]:
     paths = {name: folder / file for name, file in _FILES.items()}
     paths["photo"].write_bytes(jpeg)
     with httpx.Client(base_url=url, timeout=60) as client:
-        for name, query in (("mask", ""), ("overlay", "?view=overlay")):
+        for name, query in (("mask", ""), ("overlay", "?format=overlay")):
             answer = client.post(f"/v1/segment{query}", content=jpeg, headers={"content-type": "image/jpeg"})
             if answer.status_code != 200:
                 raise ServingError(f"the endpoint answered {answer.status_code}: {answer.text}")
