@@ -31,8 +31,12 @@ VERBS = {
     "tune": "tune.search",
     "evaluate": "jobs.evaluate",
     "export": "jobs.export",
+    "promote": "jobs.promote",
+    "rollback": "jobs.rollback",
+    "models": "jobs.models",
     "predict": "jobs.predict",
     "serve": "jobs.serve",
+    "keys": "jobs.keys",
     "submit": "jobs.submit",
     "watch": "jobs.watch",
 }

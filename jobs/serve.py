@@ -26,7 +26,8 @@ HELP = "serve a bundle over HTTP until Ctrl-C"
 EXAMPLE = "sceneray serve bundles/camvid --port 8000"
 APP = "sceneray"
 KEY_VARIABLE = "SCENERAY_API_KEY"
-REQUEST_TIMEOUT_S = 120
+# Serve's own answer to a late request is a 408 in plain text: ours, a 504, must come first.
+TIMEOUT_MARGIN_S = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,15 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="0: any free port (default: 8000)")
     parser.add_argument("--replicas", type=int, default=1, help="model replicas (default: 1)")
     parser.add_argument("--address", help="a running Ray cluster; default: RAY_ADDRESS, else a private local Ray")
-    parser.add_argument(
-        "--without-key", action="store_true", help=f"listen beyond this machine though {KEY_VARIABLE} is not set"
-    )
+    parser.add_argument("--insecure", action="store_true", help="listen beyond this machine though no key is asked for")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Serve until interrupted; being interrupted is how a server ends, and no failure."""
     options = {"replicas": args.replicas, **_options(args.options)}
-    with serving(args.bundle, args.host, args.port, args.address, args.without_key, **options) as url:
+    with serving(args.bundle, args.host, args.port, args.address, args.insecure, **options) as url:
         print(f"serving {args.bundle} at {url}  (docs: {url}/docs; stop with Ctrl-C)", flush=True)
         started_at = time.monotonic()
         with contextlib.suppress(KeyboardInterrupt):
@@ -64,22 +63,23 @@ def serving(
     host: str = "127.0.0.1",
     port: int = 0,
     address: str | None = None,
-    without_key: bool = False,
+    insecure: bool = False,
     **options: Any,
 ) -> Iterator[str]:
     """Serve `bundle` while the context lasts; yields the base URL once the model answers.
 
     `options` are arguments of `serve.app:build`. Port 0 takes a free one. The key in SCENERAY_API_KEY is asked of
-    callers; beyond loopback a key is required. Raises ServingError where the port is taken or the model does not
-    start, BundleError where the bundle cannot be read, ConfigError for a wrong option; all before Ray starts, but for
-    a model that fails on its device.
+    callers, unless `api_keys` names others, beside those of `api_keys_file`; beyond loopback keys are required. Raises
+    ServingError where the port is taken or the model does not start, BundleError where the bundle cannot be read,
+    ConfigError for a wrong option or key file; all before Ray starts, but for a model that fails on its device.
     """
+    from sceneray import bundle as bundles
     from sceneray.devices import cpu_threads, usable_cores
 
-    if "api_keys" not in options:
-        options |= _keys(host, without_key)
+    args = _serve_args(bundle, options | _own_key(options))
+    _check_door(args, host, insecure)
     port = _claim(host, port)
-    args = _serve_args(bundle, options)
+    bundles.verify(args.bundle)
     if address is None and not os.environ.get("RAY_ADDRESS"):
         # A private Ray: the machine is ours, and Ray would give each replica one thread.
         args = args.model_copy(update={"threads": cpu_threads(args.threads, args.replicas)})
@@ -96,13 +96,17 @@ def serving(
 
 
 def _serve_args(bundle: str, options: dict[str, Any]) -> ServeArgs:
-    """Checked arguments, and a bundle whose every file was read and agrees with its digest. Does not import ray."""
-    from sceneray import bundle as bundles
+    """Checked arguments, and a key file that can be used. Does not import ray."""
+    from sceneray import storage
     from sceneray.config import validate
+    from serve import keys
     from serve.settings import ServeArgs
 
     args = validate(ServeArgs, {"bundle": bundle, **options}, "the command line")
-    bundles.verify(args.bundle)
+    if args.api_keys_file is not None:
+        url = storage.absolute(args.api_keys_file)
+        keys.read(url)
+        args = args.model_copy(update={"api_keys_file": url})
     return args
 
 
@@ -125,7 +129,7 @@ def _start(args: ServeArgs, host: str, port: int) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     say("starting the model ...")
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    http = {"host": host, "port": port, "request_timeout_s": REQUEST_TIMEOUT_S}
+    http = {"host": host, "port": port, "request_timeout_s": args.deadline_s + TIMEOUT_MARGIN_S}
     serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
     try:
         serve.run(build(args), name=APP, route_prefix="/", logging_config=quiet)
@@ -168,16 +172,19 @@ def _claim(host: str, port: int) -> int:
     return claimed
 
 
-def _keys(host: str, without_key: bool) -> dict[str, Any]:
+def _own_key(options: dict[str, Any]) -> dict[str, Any]:
+    """The key of this shell, unless the options name others."""
     key = os.environ.get(KEY_VARIABLE)
-    if key:
-        return {"api_keys": (hashlib.sha256(key.encode()).hexdigest(),)}
-    if not without_key and not _is_loopback(host):
+    return {"api_keys": (hashlib.sha256(key.encode()).hexdigest(),)} if key and "api_keys" not in options else {}
+
+
+def _check_door(args: ServeArgs, host: str, insecure: bool) -> None:
+    """Whoever can reach an open endpoint can use it: beyond this machine, keys or the word that none is meant."""
+    if not (args.api_keys or args.api_keys_file or insecure or _is_loopback(host)):
         raise ServingError(
-            f"{host} can be reached from other machines and no API key is set. Set {KEY_VARIABLE}, listen on "
-            "127.0.0.1, or say --without-key."
+            f"{host} can be reached from other machines and no API key is asked for. Set {KEY_VARIABLE}, give "
+            "api_keys_file=FILE (`sceneray keys new` writes one), listen on 127.0.0.1, or say --insecure."
         )
-    return {}
 
 
 def _is_loopback(host: str) -> bool:

@@ -8,46 +8,95 @@
 # No `from __future__ import annotations` here: Serve reads the annotation of `build` as it stands, and a string would
 # leave the arguments an unchecked dict.
 
+import asyncio
+import logging
+import warnings
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from sceneray import storage
 from sceneray.errors import ScenerayError
 from sceneray.masks import Photo
+from serve import access_log
+from serve.admission import Refused
 from serve.api import ApiSettings, create_app
 from serve.batching import Limits, Overloaded
-from serve.schemas import Ask, Segmented
+from serve.quota_actor import shared_quotas
+from serve.ray_telemetry import RayTelemetry
+from serve.scaling import QueuedPixels
+from serve.schemas import Ask, Rules, Segmented
 from serve.settings import ServeArgs
+from serve.telemetry import replica_state
 
 # The ingress decodes and encodes; it asks for little so that it fits beside the model on a small machine.
 INGRESS_CPUS = 0.25
+HEALTH_TIMEOUT_S = 90.0
+# Ray drops a gauge that was not set for about 15 s.
+TELL_S = 5.0
+ATTEMPTS = 3  # replicas that may be lost over one image before it is given up
+log = logging.getLogger("sceneray.serve")
 
 
 @serve.deployment(name="Segmenter")
 class SegmenterReplica:
     """A model replica."""
 
-    def __init__(self, bundle: str, limits: Limits, device: str | None, threads: int | None) -> None:
-        from serve.segmenter import Segmenter  # torch: not in the ingress, not in the driver
+    def __init__(
+        self, bundle: str, limits: Limits, device: str | None, threads: int | None, rules: Rules, follow_s: float
+    ) -> None:
+        from serve.versions import Versions  # torch: not in the ingress, not in the driver
 
-        self._segmenter = Segmenter.load(bundle, limits, device, threads)
+        self._telemetry = RayTelemetry()
+        self._versions = Versions.start(bundle, limits, device, threads, rules, self._telemetry)
+        self._workers = limits.workers
+        self._load = self._versions.segmenter.meter.reader()
+        self._follow_s = follow_s
+        self._following: asyncio.Task[None] | None = None
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Follow `user_config["bundle"]`, if it names one. Never raises: Serve would take the application down."""
+        if self._following is None:
+            self._following = asyncio.create_task(self._versions.follow(self._follow_s))
+            self._telling = asyncio.create_task(self._tell())
+        source = user_config.get("bundle")
+        if isinstance(source, str) and source:
+            self._changing = asyncio.create_task(self._versions.change_to(source))
 
     async def segment(self, image: Photo, ask: Ask) -> Segmented | ScenerayError:
         """The answer, or why there is none: raised, it would be logged as a failure of the replica."""
         try:
-            return await self._segmenter.segment(image, ask)
+            return await self._versions.segmenter.segment(image, ask)
         except ScenerayError as error:
             return error
 
     async def describe(self) -> dict[str, Any]:
         """bundle.json and the bundle's digest."""
-        return await self._segmenter.describe()
+        return await self._versions.describe()
+
+    async def check_health(self) -> None:
+        """Serve asks now and then, and replaces a replica that raises or does not answer."""
+        await self._versions.segmenter.check()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What QueuedPixels decides on: means since Serve last asked."""
+        load = self._load()
+        busy = min(1.0, load.get("passes", 0.0) / self._workers)
+        return {"pixels": load.get("pixels", 0.0), "requests": load.get("requests", 0.0), "busy": busy}
+
+    async def _tell(self) -> None:
+        load = self._versions.segmenter.meter.reader()
+        while True:
+            candidate = (await self._versions.describe())["candidate"]
+            refused = candidate is not None and candidate["state"] == "refused"
+            replica_state(self._telemetry, self._versions.segmenter.card, load().get("pixels", 0.0), refused)
+            await asyncio.sleep(TELL_S)
 
 
 @serve.deployment(name="Ingress", ray_actor_options={"num_cpus": INGRESS_CPUS})
@@ -55,12 +104,16 @@ class SegmenterReplica:
 class Ingress:
     """The HTTP routes; Serve asks for the app once the replica stands, so it is never pickled."""
 
-    def __init__(self, segmenter: DeploymentHandle, settings: ApiSettings) -> None:
+    def __init__(self, segmenter: DeploymentHandle, settings: ApiSettings, replicas: int) -> None:
         self._backend = HandleBackend(segmenter)
         self._settings = settings
+        self._quotas = shared_quotas(replicas)
+        self._telemetry = RayTelemetry()
+        if settings.access_log:
+            access_log.to_stdout()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._backend, self._settings)
+        return create_app(self._backend, self._settings, self._quotas, self._telemetry)
 
 
 class HandleBackend:
@@ -70,15 +123,26 @@ class HandleBackend:
         self._handle = handle
 
     async def segment(self, image: Photo, ask: Ask) -> Segmented:
-        """The mask of `image`. Raises what the replica answered in place of one, or Overloaded."""
-        try:
-            answer = await self._handle.segment.remote(image, ask)
-        except BackPressureError as error:
-            raise Overloaded("every model replica is busy; try again in 1 s.") from error
-        if isinstance(answer, ScenerayError):
-            raise answer
-        segmented: Segmented = answer
-        return segmented
+        """The mask of `image`. Raises what the replica answered in place of one, Overloaded, or Refused (503)."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                answer = await self._handle.segment.remote(image, ask)
+            except BackPressureError as error:
+                raise Overloaded("every model replica is busy; try again in 1 s.") from error
+            except RayActorError as error:
+                # Its process is gone, and the answer with it. Nothing was changed by asking, so another one is asked.
+                log.warning("a model replica was lost, attempt %d of %d: %s", attempt, ATTEMPTS, error)
+                continue
+            if isinstance(answer, ScenerayError):
+                raise answer
+            segmented: Segmented = answer
+            return segmented
+        raise Refused(
+            503,
+            "replica_lost",
+            f"{ATTEMPTS} model replicas ended while they worked on this image: try again.",
+            {"Retry-After": "1"},
+        )
 
     async def describe(self) -> dict[str, Any]:
         """bundle.json and the bundle's digest."""
@@ -94,27 +158,52 @@ def build(args: ServeArgs) -> Application:
         ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
         max_ongoing_requests=args.ongoing,
         max_queued_requests=args.ongoing * most,
+        user_config={},  # any at all, or Serve would not call `reconfigure`
+        # Above the time in which a stuck model is noticed by `check_health` itself.
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
         # A bundle that cannot be loaded is not loaded by the twentieth try (Serve's default) either.
         max_constructor_retry_count=2,
-    ).bind(storage.absolute(args.bundle), args.batching, args.device, args.threads)
-    settings = ApiSettings(args.uploads, args.max_queued_pixels * most, args.api_keys)
+    ).bind(storage.absolute(args.bundle), args.batching, args.device, args.threads, args.rules, args.follow_s)
+    settings = ApiSettings(
+        uploads=args.uploads,
+        max_pixels_in_work=args.max_queued_pixels * most,
+        key_digests=args.api_keys,
+        keys_file=None if args.api_keys_file is None else storage.absolute(args.api_keys_file),
+        deadline_s=args.deadline_s,
+        cors_origins=args.cors_origins,
+        access_log=args.access_log,
+        proxied=True,
+    )
     ongoing = 2 * args.ongoing * most
     return Ingress.options(  # type: ignore[attr-defined]
         num_replicas=args.ingress_replicas,
         max_ongoing_requests=ongoing,
         max_queued_requests=ongoing,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-    ).bind(segmenter, settings)
+    ).bind(segmenter, settings, args.ingress_replicas)
 
 
 def _scale(args: ServeArgs) -> dict[str, Any]:
     if args.max_replicas is None or args.max_replicas == args.replicas:
         return {"num_replicas": args.replicas}
-    return {
-        "autoscaling_config": {
-            "min_replicas": args.replicas,
-            "max_replicas": args.max_replicas,
-            # A full batch on the model and none waiting is what one replica handles well.
-            "target_ongoing_requests": args.max_batch_size,
-        }
+    rule = {
+        "target_pixels": args.target_pixels or 2 * args.max_batch_pixels,
+        "up_delay_s": args.upscale_delay_s,
+        "down_delay_s": args.downscale_delay_s,
+        "zero_delay_s": args.idle_s,
     }
+    with warnings.catch_warnings():
+        # Ray names environment variables to use in place of the interval, and reads neither.
+        warnings.filterwarnings("ignore", "The `metrics_interval_s` field", DeprecationWarning)
+        config = AutoscalingConfig(
+            min_replicas=args.replicas,
+            initial_replicas=max(1, args.replicas),  # a bundle that cannot be loaded is noticed at once
+            max_replicas=args.max_replicas,
+            look_back_period_s=args.look_back_s,
+            metrics_interval_s=args.look_back_s / 5,
+            policy=AutoscalingPolicy(policy_function=QueuedPixels, policy_kwargs=rule),
+            # The policy has delays of its own.
+            upscale_delay_s=0,
+            downscale_delay_s=0,
+        )
+    return {"autoscaling_config": config}

@@ -6,8 +6,8 @@ them to one shape changes PSPNet's answers. Here each key has its queue, and a b
     it is full (items, or cost: pixels), or its first item has waited `max_wait_s`,
 
 and a worker is free; among the keys whose batch may leave, the one whose first item has waited longest goes first, so
-that no key starves. What waits is bounded by cost: past the bound `submit` raises Overloaded at once. An item whose
-deadline has passed is not run.
+that no key starves. What waits is bounded by cost, and by the time that it will take: past the bounds `submit` raises
+Overloaded at once. An item whose deadline has passed is not run.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class TooLate(ServingError):
     """The item's deadline passed before its batch could run."""
 
 
+class OutOfMemory(ServingError):
+    """Not even one item fits on the model."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """When a batch leaves, and how much may wait."""
@@ -52,6 +56,7 @@ class Limits:
     max_queued_cost: int
     max_wait_s: float
     workers: int = 1  # batches on the model at a time
+    max_queue_s: float = math.inf  # what waits may take this long, as fast as the last batches were
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class KeyedBatcher(Generic[T, R]):
         """
         loop = asyncio.get_running_loop()
         cost = max(1, self._cost(item))
-        if not admitted and self._queued_cost + cost > self._limits.max_queued_cost:
+        if not admitted and not self._has_room(cost):
             wait_s = self._retry_after_s()
             raise Overloaded(f"the queue is full; try again in {wait_s} s.", wait_s)
         until = None if within_s is None else loop.time() + within_s
@@ -220,5 +225,13 @@ class KeyedBatcher(Generic[T, R]):
             self._seconds_per_cost = seconds_per_cost
         self._seconds_per_cost += NEWEST_WEIGHT * (seconds_per_cost - self._seconds_per_cost)
 
+    def _has_room(self, cost: int) -> bool:
+        """True where an item may wait: by its size, and by how long what waits before it takes."""
+        fits = self._queued_cost + cost <= self._limits.max_queued_cost
+        return fits and self._drained_in_s() <= self._limits.max_queue_s
+
+    def _drained_in_s(self) -> float:
+        return self._seconds_per_cost * self._queued_cost / self._limits.workers
+
     def _retry_after_s(self) -> int:
-        return max(1, math.ceil(self._seconds_per_cost * self._queued_cost / self._limits.workers))
+        return max(1, math.ceil(self._drained_in_s()))

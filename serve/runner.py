@@ -11,19 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sceneray.errors import ConfigError, ServingError
+from sceneray.errors import ConfigError
 from sceneray.masks import Mask, Photo
 from sceneray.predictor import Predictor
+from serve.batching import OutOfMemory
 from serve.schemas import InputRule, Mode, ModelCard
 from serve.telemetry import Silent, Telemetry
 
 # What torch says where the host's memory ends; CUDA has a class of its own.
 NO_MEMORY = ("can't allocate memory", "not enough memory")
 log = logging.getLogger("sceneray.serve")
-
-
-class OutOfMemory(ServingError):
-    """Not even one image fits."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class Runner:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            log.warning("%d images of %s do not fit: %s", most, shape[:2], str(error).splitlines()[0])
+            log.warning("%d images of %s do not fit: %s", most, shape[:2], (str(error) or repr(error)).splitlines()[0])
             self._telemetry.record("sceneray_out_of_memory", 1)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

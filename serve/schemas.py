@@ -22,6 +22,20 @@ class ModelCard:
 
 
 InputRule = Literal["native", "resize", "window"]
+Mode = Literal["exact", "fast"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How models are run and what they are given. None: as the bundle says, or its device."""
+
+    mode: Mode = "exact"
+    exact_batch: int | None = None  # images of a pass in exact mode; None: one on a CPU, a full batch elsewhere
+    input: InputRule | None = None
+    long_side: int | None = None  # of the network's input with the rule `resize`
+    window: int | None = None  # side of a window with the rule `window`
+    warm: tuple[tuple[int, int], ...] | None = None  # (height, width) to run before the first request
+    runtime: str | None = None  # of sceneray.runtimes; None: what serves the bundle fastest
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,7 @@ class ErrorBody(BaseModel):
 
     error: str = Field(description="the rule, what came, and the fix")
     error_type: str = Field(description="a word for programs")
+    detail: dict[str, Any] | None = Field(None, description="the facts for programs: limits, what came, when to retry")
     request_id: str = Field(description="names this request in the server's log")
 
 
@@ -71,10 +86,26 @@ class ClassBody(BaseModel):
     color: tuple[int, int, int] = Field(description="RGB, 0 to 255")
 
 
+class RunLengths(BaseModel):
+    """COCO's compressed run lengths: what `pycocotools.mask.decode` takes."""
+
+    size: tuple[int, int] = Field(description="height, width")
+    counts: str = Field(description="runs down the columns, the first one outside of the class")
+
+
+Corner = tuple[int, int]
+
+
 class ClassShare(ClassBody):
     """One class present in an image."""
 
     share: float = Field(description="part of the image's pixels, above 0, at most 1")
+    rle: RunLengths | None = Field(None, description="with include=rle")
+    polygons: list[list[list[Corner]]] | None = Field(
+        None,
+        description="with include=polygons: a list of polygons, each a list of closed rings of corners [x, y] on the "
+        "edges of pixels, the outline and then its holes (GeoJSON's MultiPolygon, in pixels, y downwards)",
+    )
 
 
 class ModelName(BaseModel):
@@ -85,12 +116,34 @@ class ModelName(BaseModel):
 
 
 class SegmentationBody(BaseModel):
-    """`POST /v1/segment` as application/json: what is in the image, without the mask itself."""
+    """`POST /v1/segment` as `json`: what is in the image, and where it is as far as the caller asks for it."""
 
     width: int
     height: int
     classes: list[ClassShare] = Field(description="the classes present, the largest share first")
     model: ModelName
+    mask: str | None = Field(None, description="with include=mask: the indexed PNG in base64")
+    confidence: str | None = Field(None, description="with confidence=true: the map as a grey PNG in base64")
+
+
+class SegmentBody(BaseModel):
+    """One class of an image in Hugging Face's shape (`format=hf`)."""
+
+    label: str
+    score: float | None = Field(description="mean confidence of the segment, 0 to 1; null where the model gives none")
+    mask: str = Field(description="grey PNG in base64, 255 inside the segment and 0 elsewhere")
+
+
+class ImageBody(BaseModel):
+    """One image of a request with several: its answer, or why there is none."""
+
+    name: str | None = Field(description="the file name that the caller gave")
+    status: int = Field(description="200, or the status with which the image alone would have been refused")
+    width: int | None = None
+    height: int | None = None
+    answer: SegmentationBody | list[SegmentBody] | None = Field(None, description="with the formats json and hf")
+    file: str | None = Field(None, description="with the other formats: the answer's name in the zip")
+    error: ErrorBody | None = Field(None, description="with another status than 200")
 
 
 class PredictionBody(BaseModel):
@@ -109,3 +162,6 @@ class ModelBody(ModelName):
     metrics: dict[str, Any] = Field(description="as measured before export, with the digest of the store")
     input: dict[str, Any]
     created: str
+    candidate: dict[str, Any] | None = Field(
+        None, description="what became of the last bundle that was to take over and did not: state, bundle, reason"
+    )

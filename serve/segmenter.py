@@ -41,7 +41,7 @@ class Segmenter:
         self, predictor: Predictor, limits: Limits, rules: Rules | None = None, telemetry: Telemetry | None = None
     ) -> None:
         """`limits` in pixels. The predictor runs in `limits.workers` threads, never on the event loop."""
-        self._rules = rules or Rules()
+        self.rules = rules or Rules()
         self.telemetry = telemetry or Silent()
         self.meter = LoadMeter()  # levels: pixels (queued and on the model), requests, passes
         self.limits = self._fitting(limits, predictor)
@@ -68,15 +68,15 @@ class Segmenter:
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        predictor = Predictor.load(bundle, device, pixel_budget=limits.max_cost)
+        predictor = Predictor.load(bundle, device, limits.max_cost, rules.runtime if rules else None)
         predictor.self_check()
         return cls(predictor, limits, rules, telemetry)
 
     def prepared(self, predictor: Predictor) -> Runner:
         """A runner of `predictor` under this segmenter's rules, warm. Slow."""
-        most = self.limits.max_items if self._rules.mode == "exact" else 1
-        runner = Runner(predictor, self._rules.mode, most, self.telemetry)
-        shapes = self._rules.warm if self._rules.warm is not None else runner.input.get("warm", ())
+        most = self.limits.max_items if self.rules.mode == "exact" else 1
+        runner = Runner(predictor, self.rules.mode, most, self.telemetry)
+        shapes = self.rules.warm if self.rules.warm is not None else runner.input.get("warm", ())
         runner.warm(shapes, self.limits.max_items)
         return runner
 
@@ -112,7 +112,7 @@ class Segmenter:
         """
         ask = ask or Ask()
         runner = self._runner
-        rule = ask.rule or self._rules.input or runner.rule
+        rule = ask.rule or self.rules.input or runner.rule
         with self.meter.holding("requests"):
             answer = await INPUTS[rule](self, runner, image, ask)
         loop = asyncio.get_running_loop()
@@ -142,7 +142,7 @@ class Segmenter:
 
     async def resized(self, runner: Runner, image: Photo, ask: Ask) -> Segmented:
         """The photograph with its long side at the rule's length; the scores are scaled to the photograph's size."""
-        side = self._rules.long_side or runner.input.get("long_side")
+        side = self.rules.long_side or runner.input.get("long_side")
         if side is None:
             raise DataError("this model has no long side to resize to: serve it with long_side=N, or ask for native.")
         small = await asyncio.get_running_loop().run_in_executor(self._helpers, _shrunk, image, int(side))
@@ -151,7 +151,7 @@ class Segmenter:
 
     async def windowed(self, runner: Runner, image: Photo, ask: Ask) -> Segmented:
         """The photograph in windows of one shape, a row of them at a time."""
-        side = self._rules.window or runner.input.get("window")
+        side = self.rules.window or runner.input.get("window")
         if side is None:
             raise DataError("this model has no window: serve it with window=N, or ask for native.")
         loop = asyncio.get_running_loop()
@@ -195,10 +195,10 @@ class Segmenter:
 
     def _fitting(self, limits: Limits, predictor: Predictor) -> Limits:
         """`limits` with exact mode's batch: a CPU gains nothing from black images in a pass."""
-        if self._rules.mode == "fast":
+        if self.rules.mode == "fast":
             return limits
         default = 1 if predictor.device.type == "cpu" else limits.max_items
-        return replace(limits, max_items=min(self._rules.exact_batch or default, limits.max_items))
+        return replace(limits, max_items=min(self.rules.exact_batch or default, limits.max_items))
 
 
 Input = Callable[[Segmenter, Runner, Photo, Ask], Awaitable[Segmented]]

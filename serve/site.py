@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from sceneray.masks import Photo
+from serve import visit
 from serve.admission import PixelGate, UploadLimits, check_header, decode
+from serve.guard import check_quota
+from serve.quotas import LocalQuotas, Quotas
 from serve.schemas import Answered, Ask, Segmented
 
 Times = dict[str, float]  # seconds by stage of one request, in the order of the stages
@@ -28,22 +31,66 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class ApiSettings:
-    """What the ingress enforces. `key_digests`: sha256 in hex of the keys that may enter; none: all may."""
+    """What the ingress enforces.
+
+    `key_digests`: sha256 in hex of the keys that may enter; `keys_file`: URL of more, with quotas (serve/keys.py);
+    neither: all may. `deadline_s`: the longest a request may take. `cors_origins`: whose pages may read answers.
+    `proxied`: Serve's proxy stands before the app and echoes x-request-id.
+    """
 
     uploads: UploadLimits = field(default_factory=UploadLimits)
     max_pixels_in_work: int = 4 * 4096 * 4096
     key_digests: Sequence[str] = ()
+    keys_file: str | None = None
+    deadline_s: float | None = None
+    cors_origins: Sequence[str] = ()
+    access_log: bool = True
+    proxied: bool = False
+
+
+class _Timely:
+    """A backend that is told when nobody waits for the answer any more: the request's own deadline."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    async def segment(self, image: Photo, ask: Ask) -> Segmented:
+        """As Backend.segment, with the earlier of the caller's deadline and the request's."""
+        here = visit.current()
+        times = [at for at in (ask.deadline, here.deadline if here else None) if at is not None]
+        return await self._backend.segment(image, replace(ask, deadline=min(times, default=None)))
+
+    async def describe(self) -> dict[str, Any]:
+        """As Backend.describe."""
+        return await self._backend.describe()
 
 
 class Site:
     """The state of one ingress replica, handed to every module of serve/routes."""
 
-    def __init__(self, backend: Backend, settings: ApiSettings, guard: Sequence[Any]) -> None:
-        """`guard`: FastAPI dependencies of the routes that ask for a key."""
-        self.backend = backend
+    def __init__(
+        self, backend: Backend, settings: ApiSettings, guard: Sequence[Any], quotas: Quotas | None = None
+    ) -> None:
+        """`guard`: FastAPI dependencies of the routes that ask for a key. `quotas`: how much a key may ask for."""
+        self.backend: Backend = _Timely(backend)
+        self.quotas = quotas or LocalQuotas()
         self.settings = settings
         self.guard = list(guard)
         self.gate = PixelGate(settings.max_pixels_in_work)
+
+    @contextlib.asynccontextmanager
+    async def room(self, pixels: int) -> AsyncIterator[None]:
+        """Hold room for so many pixels while the context lasts, and take them from the quota of the request's key.
+
+        Every way to the model leads through here. Raises Refused (429, 413) by the key's quota, Overloaded.
+        """
+        here = visit.current()
+        if here is not None:
+            here.pixels += pixels
+            if here.key is not None:
+                await check_quota(self.quotas, here.key, pixels=pixels)
+        with self.gate.admit(pixels):
+            yield
 
     @contextlib.asynccontextmanager
     async def segmented(self, data: bytes, ask: Ask, times: Times) -> AsyncIterator[Answered]:
@@ -53,13 +100,23 @@ class Site:
         """
         with timed(times, "header"):
             height, width = await asyncio.to_thread(check_header, data, self.settings.uploads)
-        with self.gate.admit(height * width):
+        async with self.room(height * width):
             with timed(times, "decode"):
-                image = await asyncio.to_thread(decode, data)
+                image = await in_thread(decode, data)
             answer = await self.backend.segment(image, ask)
             for stage, seconds in answer.times.items():
                 times[stage] = times.get(stage, 0.0) + seconds
             yield Answered(image, answer.mask, answer.model, answer.confidence, answer.batch_size)
+
+
+async def in_thread(function: Callable[[bytes], Photo], data: bytes) -> Photo:
+    """As asyncio.to_thread, but a cancelled caller leaves only when the thread has: it still holds its memory."""
+    running = asyncio.ensure_future(asyncio.to_thread(function, data))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 @contextlib.contextmanager

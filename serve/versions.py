@@ -113,7 +113,9 @@ class Versions:
     def _prepare(self, found: Committed) -> Runner:
         """The candidate, verified and warm. Slow."""
         self._check_memory(found)
-        predictor = Predictor.load(found.url, self._device, pixel_budget=self.segmenter.limits.max_cost)
+        predictor = Predictor.load(
+            found.url, self._device, self.segmenter.limits.max_cost, self.segmenter.rules.runtime
+        )
         if predictor.info["digest"] != found.digest:
             raise BundleError(f"{found.url} changed while it was loaded. Promote it again under a new version.")
         predictor.self_check()

@@ -4,7 +4,8 @@
     BUNDLE/bundle.json         name, version, classes, input rule, network settings, metrics, where it came from
     BUNDLE/golden.png          a drawn town scene
     BUNDLE/golden_mask.png     what the network answered for it when the bundle was written
-    BUNDLE/manifest.json       sizes and sha256 of the four, written last: without it there is no bundle
+    BUNDLE/model.onnx          the network for ONNX Runtime, where it was exported with the extra `onnx`
+    BUNDLE/manifest.json       sizes and sha256 of the others, written last: without it there is no bundle
 
 The golden image is drawn, never a photograph of the training set: a bundle is handed to people and machines that may
 not see the data it was trained on. Nothing is pickled. Mean and standard deviation are buffers of the network, so
@@ -44,6 +45,7 @@ from sceneray.storage import Committed
 FORMAT = "sceneray-bundle"
 VERSION = 1
 WEIGHTS, ABOUT, GOLDEN, GOLDEN_MASK = "model.safetensors", "bundle.json", "golden.png", "golden_mask.png"
+GRAPH = "model.onnx"
 GOLDEN_SEED, GOLDEN_HEIGHT, GOLDEN_WIDTH = 2017, 192, 256
 _NAME = re.compile(r"[A-Za-z0-9._+-]{1,64}")
 LIBRARIES = ("torch", "torchvision", "safetensors", "numpy", "pillow")
@@ -62,6 +64,7 @@ class Bundle:
     about: dict[str, Any]  # bundle.json
     golden: Photo  # uint8 [H, W, 3]
     golden_mask: Mask  # uint8 [H, W]
+    graph: bytes | None = None  # the network as ONNX, for ONNX Runtime
 
     @property
     def name(self) -> str:
@@ -86,12 +89,13 @@ def write(
     classes: Sequence[ClassInfo],
     ignore_index: int,
     about: Mapping[str, Any],
+    graph: bytes | None = None,
 ) -> Committed:
     """Commit a bundle at `url`.
 
     `about` holds `name` and `version`, and whatever else describes the model: `metrics` (with the digest of the store
     they were measured on), `source` (the checkpoint's digest), `input` (how photographs become the network's input: see
-    `sceneray.export`). The golden mask is computed here, by `model`.
+    `sceneray.export`). `graph`: the network as ONNX (`sceneray.onnx_graph`). The golden mask is what `model` answers.
     Raises ConfigError for a name or version that `check_names` refuses.
     """
     check_names(about["name"], about["version"])
@@ -118,6 +122,8 @@ def write(
         GOLDEN: _png(golden),
         GOLDEN_MASK: indexed_png(answer, classes),
     }
+    if graph is not None:
+        files[GRAPH] = graph
     return storage.commit(url, files, {"format": FORMAT, "version": VERSION})
 
 
@@ -145,6 +151,7 @@ def load(url: str) -> Bundle:
             about=about,
             golden=decode_image(files[GOLDEN]),
             golden_mask=decode_label(files[GOLDEN_MASK]),
+            graph=files.get(GRAPH),
         )
     except (StorageError, SafetensorError, ConfigError, KeyError, ValueError, RuntimeError) as error:
         raise BundleError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
-from sceneray import bundle, checkpoint, storage
+from sceneray import bundle, checkpoint, onnx_graph, storage
 from sceneray.bundle import GOLDEN_HEIGHT, GOLDEN_WIDTH
 from sceneray.errors import BundleError, ConflictError
 from sceneray.predictor import Predictor
@@ -26,10 +27,10 @@ def export(
     leaves out follows from the training crop. `version` names the model's version; None: the first 12 digits of the
     checkpoint's digest.
 
-    Returns {bundle, digest, name, version, checkpoint, metrics, golden_pixels, bytes}. Raises ConflictError where a bundle stands at
-    `bundle_url` already and `overwrite` is not set, and BundleError where the written bundle does not answer as the
-    checkpoint does: its manifest is removed then, so that no reader takes it for a bundle; ConfigError for a name or
-    version that cannot stand in a header.
+    Returns {bundle, digest, name, version, checkpoint, metrics, golden_pixels, bytes}. Raises ConflictError where a
+    bundle stands at `bundle_url` already and `overwrite` is not set, and BundleError where the written bundle does not
+    answer as the checkpoint does: its manifest is removed then, so that no reader takes it for a bundle; ConfigError
+    for a name or version that cannot stand in a header.
     """
     url = storage.absolute(bundle_url)
     bundle.check_names(name, version or "-")
@@ -50,7 +51,9 @@ def export(
     model = checkpoint.build(source)
     # Only now does an old bundle go, its manifest first: old manifest and new files together would be a damaged bundle.
     _withdraw(url)
-    written = bundle.write(url, model, source.settings.model, source.classes, source.ignore_index, about)
+    # Its package is an extra: without it a bundle is served by PyTorch everywhere.
+    graph = onnx_graph.export(model.eval()) if find_spec("onnx") is not None else None
+    written = bundle.write(url, model, source.settings.model, source.classes, source.ignore_index, about, graph)
     _prove(url)
     return {
         "bundle": url,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sceneray import bundle as bundles
+from sceneray import runtimes
 from sceneray.bundle import Bundle
 from sceneray.data.store import ClassInfo
 from sceneray.errors import BundleError, ConfigError, DataError
@@ -29,19 +30,35 @@ GOLDEN_AGREEMENT = 0.9
 class Predictor:
     """A bundle's network on a device. Holds no state between calls, so threads may share one."""
 
-    def __init__(self, bundle: Bundle, device: str | None = None, pixel_budget: int = PIXEL_BUDGET) -> None:
-        """`device` as torch names it; None: CUDA where there is one. `pixel_budget`: pixels of one forward pass."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str | None = None,
+        pixel_budget: int = PIXEL_BUDGET,
+        runtime: str | None = "torch",
+    ) -> None:
+        """`device` as torch names it; None: CUDA where there is one. `pixel_budget`: pixels of one forward pass.
+
+        `runtime`: what computes (`runtimes.RUNTIMES`); None: what serves this bundle fastest here.
+        """
         if pixel_budget < 1:
             raise ConfigError(f"pixel_budget must be at least 1, got {pixel_budget}.")
         self._bundle = bundle
         self._device = _device(device)
         self._budget = pixel_budget
-        self._model = bundle.model.to(self._device)
+        self.runtime = runtime or runtimes.best(bundle, self._device)
+        self._scorer = runtimes.start(self.runtime, bundle, self._device)
 
     @classmethod
-    def load(cls, url: str, device: str | None = None, pixel_budget: int = PIXEL_BUDGET) -> Predictor:
+    def load(
+        cls,
+        url: str,
+        device: str | None = None,
+        pixel_budget: int = PIXEL_BUDGET,
+        runtime: str | None = "torch",
+    ) -> Predictor:
         """The predictor of the bundle at `url`. Raises BundleError where it cannot be loaded."""
-        return cls(bundles.load(url), device, pixel_budget)
+        return cls(bundles.load(url), device, pixel_budget, runtime)
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
@@ -115,9 +132,7 @@ class Predictor:
         batch = np.zeros((count, *images[0].shape), np.uint8)
         for row, image in zip(batch, images, strict=False):
             row[...] = image
-        # [B, H, W, 3] in memory is what torch calls channels_last for [B, 3, H, W]: no copy.
-        found = self._model.scores(torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device))
-        return found[: len(images)]
+        return self._scorer(batch)[: len(images)]
 
     @torch.inference_mode()
     def finish(self, scores: Tensor, size: Sequence[int], confidence: bool = False) -> tuple[Mask, Mask | None]:

@@ -47,7 +47,7 @@ def endpoint(bundle: str) -> Iterator[httpx.Client]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCENERAY_API_KEY", KEY)
         with (
-            serving(bundle, max_batch_size=4, batch_wait_ms=500) as url,
+            serving(bundle, max_batch_size=4, exact_batch=4, batch_wait_ms=500) as url,
             httpx.Client(base_url=url, timeout=60, headers={"X-API-Key": KEY}) as client,
         ):
             yield client
@@ -112,8 +112,10 @@ def test_predict_asks_the_endpoint(endpoint: httpx.Client, tmp_path: Path, monke
     assert agree(decode_label((out / "good.mask.png").read_bytes()), mask)
     assert sorted(path.name for path in out.iterdir()) == ["good.mask.png", "good.overlay.jpg"]
     monkeypatch.setenv("SCENERAY_API_KEY", "wrong")
+    parser = argparse.ArgumentParser()
+    predict.add_arguments(parser)
     with pytest.raises(ServingError, match="401"):
-        predict.run(argparse.Namespace(images=[str(tmp_path)], bundle=None, url=str(endpoint.base_url), out=str(out)))
+        predict.run(parser.parse_args(argv))
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.chaos)])

@@ -49,6 +49,8 @@ LIBRARY = {
     "optim": BASE | {"models"},
     "metrics": BASE | {"data"},
     "masks": BASE | {"data"},
+    "client_messages": {"errors", "data", "masks"},
+    "client": {"errors", "client_messages"},
     "liveness": set(),
     "votes": set(),
     "profiling": {"storage"},
@@ -59,8 +61,12 @@ LIBRARY = {
     "retention": {"errors", "storage"},
     "checkpoint": BASE | {"data", "models", "retention"},
     "saver": BASE | {"checkpoint"},
-    "bundle": BASE | {"data", "models", "masks", "checkpoint"},
-    "predictor": BASE | {"data", "models", "masks", "bundle"},
+    "repository": {"errors", "storage"},
+    "bundle": BASE | {"data", "models", "masks", "checkpoint", "environment", "repository"},
+    "onnx_graph": BASE | {"models"},
+    "runtimes": BASE | {"bundle", "models", "onnx_graph"},
+    "predictor": BASE | {"data", "models", "masks", "bundle", "runtimes"},
+    "promotion": BASE | {"data", "metrics", "checkpoint", "bundle", "predictor", "evaluation", "repository"},
 }
 
 

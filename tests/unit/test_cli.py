@@ -82,7 +82,7 @@ def test_help_lists_the_verbs_in_order_with_an_example():
     assert at == sorted(at)
     assert list(VERBS) == [
         *("demo", "prepare", "train", "runs", "checkpoints", "tune"),
-        *("evaluate", "export", "predict", "serve", "submit", "watch"),
+        *("evaluate", "export", "promote", "rollback", "models", "predict", "serve", "keys", "submit", "watch"),
     ]
     for index, name in zip(at, VERBS, strict=True):
         assert len(lines[index].split(maxsplit=1)[1]) > 20

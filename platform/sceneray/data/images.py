@@ -21,14 +21,16 @@ PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 LABEL_FORMATS = ("PNG", "BMP", "TIFF", "GIF")
 # Header first: a larger picture is refused before its pixels are decoded.
 MAX_PIXELS = 180_000_000
+_PAPER = (255, 255, 255)  # what a picture with holes lies on
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _WHOLE_NUMBERS = ("L", "P", "1", "I", "I;16", "I;16L", "I;16B")
 
 
 def decode_image(data: bytes) -> NDArray[np.uint8]:
-    """A photo as uint8 [height, width, 3] in RGB, turned upright as its EXIF orientation says.
+    """A photo as uint8 [height, width, 3] in RGB, as a viewer shows it.
 
-    Raises DataError where the bytes are no whole picture of a known format.
+    Turned upright as its EXIF orientation says; what is transparent lies over white; of an animation its first frame,
+    and of 16 bits a channel the upper 8. Raises DataError where the bytes are no whole picture of a known format.
     """
     with _opened(data, PHOTO_FORMATS, "photo") as image:
         return _rgb(image)
@@ -97,6 +99,9 @@ def _opened(data: bytes, formats: tuple[str, ...], kind: str) -> Iterator[Image.
                     "make it smaller"
                 )
             image.load()
+            if kind == "photo" and getattr(image, "default_image", False):
+                image.seek(1)  # what stands first is for viewers that cannot play an animated PNG
+                image.load()
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         known = ", ".join(formats)
         raise DataError(
@@ -107,12 +112,17 @@ def _opened(data: bytes, formats: tuple[str, ...], kind: str) -> Iterator[Image.
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip to 255, not scale
         grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
-        image = Image.fromarray(np.repeat(grey[..., None], 3, axis=2))
-    else:
-        image = ImageOps.exif_transpose(image).convert("RGB")
-    return np.asarray(image)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        # Under transparent pixels may stand any colour, which nobody ever saw; convert("RGB") would bring it out.
+        image = image.convert("RGBA")
+        paper = Image.new("RGB", image.size, _PAPER)
+        paper.paste(image, mask=image)
+        image = paper
+    return np.asarray(image.convert("RGB"))
 
 
 def _encoded(image: Image.Image, form: str, **options: int) -> bytes:

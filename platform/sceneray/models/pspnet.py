@@ -96,7 +96,6 @@ class PSPNet(nn.Module):
         aux = upscale(self.aux_head(aux_features, sample_seeds), size) if self.training else None
         return Logits(main, aux)
 
-    @torch.inference_mode()
     def scores(self, images: Tensor) -> Tensor:
         """Main logits float [B, C, h, w] at the features' size, of images as `forward` takes them; in evaluation mode.
 

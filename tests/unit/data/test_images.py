@@ -100,6 +100,50 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped() -> None:
     assert decode_image(encoded(Image.fromarray(ramp), "PNG"))[0, :, 0].tolist() == [0, 128, 255]
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparency_lies_over_white(mode: str) -> None:
+    """What is transparent is white, half is half, and no hidden colour ever shows; by channel, palette or key."""
+    pixels = np.zeros((4, 6, 4), np.uint8)
+    pixels[:, :2] = (200, 0, 0, 0)
+    pixels[:, 2:4] = (100, 100, 100, 128 if mode in ("RGBA", "LA") else 255)
+    pixels[:, 4:] = (100, 100, 100, 255)
+    image = Image.fromarray(pixels)
+    if mode == "P":
+        palette = Image.fromarray(np.repeat([[0, 0, 1, 1, 1, 1]], 4, axis=0).astype(np.uint8))
+        palette.putpalette([200, 0, 0, 100, 100, 100])
+        data = encoded(palette, "PNG", transparency=0)
+    elif mode == "RGB":
+        data = encoded(image.convert("RGB"), "PNG", transparency=(200, 0, 0))
+    else:
+        data = encoded(image.convert(mode), "PNG")
+    row = decode_image(data)[0]
+    assert row[0].tolist() == [255, 255, 255]
+    assert row[5].tolist() == [100, 100, 100]
+    assert abs(int(row[2, 0]) - (177 if mode in ("RGBA", "LA") else 100)) <= 1
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_an_animation_is_its_first_frame(form: str) -> None:
+    """As a viewer opens it; also where an animated PNG has another picture for viewers that cannot play it."""
+    frames = [Image.new("RGB", (16, 16), (80 * n, 0, 0)) for n in range(3)]
+    lossless = {"lossless": True} if form == "WEBP" else {}
+    data = encoded(frames[1], form, save_all=True, append_images=[frames[2]], **lossless)
+    assert decode_image(data)[0, 0].tolist() == [80, 0, 0]
+    if form == "PNG":
+        poster = encoded(frames[0], form, save_all=True, append_images=frames[1:], default_image=True)
+        assert decode_image(poster)[0, 0].tolist() == [80, 0, 0]
+
+
+def test_sixteen_bit_grey_is_turned_upright_too() -> None:
+    """The EXIF orientation holds for pictures of 16 bits a pixel as for others."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    data = encoded(Image.fromarray(np.full((4, 6), 0x8000, np.uint16)), "PNG", exif=exif)
+    decoded = decode_image(data)
+    assert decoded.shape == (6, 4, 3)
+    assert np.all(decoded == 128)
+
+
 def test_a_lying_photo_is_turned_upright() -> None:
     """The EXIF orientation is applied when decoding."""
     upright = decode_image(turned())

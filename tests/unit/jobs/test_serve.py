@@ -8,14 +8,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from jobs.cli import main_of
 from jobs.serve import serving
 from sceneray import storage
 from sceneray.errors import BundleError, ConfigError, ServingError
+from serve import keys
 from serve.settings import ServeArgs
 from tests.bundles import write_bundle
 from tests.support import ROOT
@@ -64,6 +67,24 @@ def test_beyond_this_machine_a_key_is_needed(bundle: str) -> None:
         pass
 
 
+def test_beyond_this_machine_keys_or_the_word_open_the_way(bundle: str, tmp_path: Path) -> None:
+    """A key of the shell, digests, a key file or `insecure` are each enough: the next step is Ray, which stops here."""
+    file = tmp_path / "keys.json"
+    file.write_bytes(keys.to_json([]))
+    for options in ({"api_keys": "ab" * 32}, {"api_keys_file": str(file)}, {"insecure": True}):
+        with pytest.raises(AssertionError, match="Ray was started"), serving(bundle, host="0.0.0.0", **options):
+            pass
+
+
+def test_the_shells_key_is_asked_for_beside_a_key_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SCENERAY_API_KEY becomes a digest among the arguments, unless they name digests themselves."""
+    from jobs.serve import _own_key
+
+    monkeypatch.setenv("SCENERAY_API_KEY", "open sesame")
+    assert _own_key({"api_keys_file": "x"}) == {"api_keys": (keys.digest_of("open sesame"),)}
+    assert _own_key({"api_keys": "ab" * 32}) == {}
+
+
 def test_a_bundle_that_is_not_there(tmp_path: Path) -> None:
     """No bundle: the sentence says how to write one."""
     with pytest.raises(BundleError, match="sceneray export"), serving(str(tmp_path)):
@@ -96,6 +117,11 @@ def test_a_damaged_bundle(tmp_path: Path) -> None:
         ({"max_queued_pixels": 100}, "at least max_pixels"),
         ({"replicas": 3, "max_replicas": 2}, "at least replicas"),
         ({"api_keys": "not-a-digest"}, "sha256"),
+        ({"require_keys": True}, "sceneray keys new"),
+        ({"api_keys_file": "no/such/keys.json"}, "no key file"),
+        ({"cors_origins": "*"}, "origins by name"),
+        ({"cors_origins": "https://app.example.org/path"}, "origins by name"),
+        ({"deadline_s": 0}, "deadline_s"),
     ],
 )
 def test_a_wrong_option(bundle: str, options: dict[str, object], said: str) -> None:
@@ -112,12 +138,29 @@ def test_the_builder_is_typed() -> None:
     assert done.stdout.strip() == str(ServeArgs)
 
 
-def test_the_shipped_config_fits_the_builder() -> None:
-    """serve/config.yaml names the builder, and its arguments are valid."""
-    config = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+def shipped(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A settings file of serve/, and the arguments in it."""
+    config = yaml.safe_load((ROOT / "serve" / name).read_text())
     (application,) = config["applications"]
     assert application["import_path"] == "serve.app:build"
-    args = ServeArgs.model_validate(application["args"])
+    return config, application["args"]
+
+
+def test_the_shipped_config_fits_the_builder() -> None:
+    """serve/config.yaml names the builder, its arguments are valid, and a late answer is ours before it is Ray's."""
+    config, given = shipped("config.yaml")
+    args = ServeArgs.model_validate(given)
     assert args.max_replicas is not None
     assert config["http_options"]["host"] == "127.0.0.1"
+    assert config["http_options"]["request_timeout_s"] > args.deadline_s
     assert set(json.loads(args.model_dump_json())) == set(inspect.signature(ServeArgs).parameters)
+
+
+def test_the_cluster_config_refuses_to_start_without_keys() -> None:
+    """serve/config.cluster.yaml listens on every interface: as shipped it is refused, with a key file it is valid."""
+    config, given = shipped("config.cluster.yaml")
+    assert config["http_options"]["host"] == "0.0.0.0"
+    with pytest.raises(ValidationError, match="require_keys is set"):
+        ServeArgs.model_validate(given)
+    args = ServeArgs.model_validate(given | {"api_keys_file": "s3://models/keys.json"})
+    assert config["http_options"]["request_timeout_s"] > args.deadline_s

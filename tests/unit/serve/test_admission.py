@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import copy
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from starlette.requests import Request
 
-from serve.admission import PixelGate, Refused, UploadLimits, check_header, check_key, decode, read_upload
+from serve.admission import PixelGate, Refused, UploadLimits, check_header, decode, read_upload
 from serve.batching import Overloaded
+from serve.image_header import webp_size
 from tests.unit.serve.uploads import encoded, png_header
 
 LIMITS = UploadLimits(max_bytes=5000, max_pixels=10_000, max_side=400)
@@ -105,13 +106,58 @@ def test_other_formats_are_not_even_tried(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP"])
-def test_an_animation_is_refused(form: str) -> None:
-    """Which frame would be meant is unclear: a 422 that counts them."""
-    frames = [Image.new("RGB", (16, 16), (50 * n, 0, 0)) for n in range(3)]
+def test_an_animation_is_its_first_frame(form: str) -> None:
+    """As a viewer opens it: the first frame is the picture."""
+    frames = [Image.new("RGB", (16, 16), (50 + 50 * n, 0, 0)) for n in range(3)]
     data = encoded(frames[0], form, save_all=True, append_images=frames[1:])
-    with pytest.raises(Refused, match="animation of 3") as refused:
-        check_header(data, LIMITS)
-    assert refused.value.status == 422
+    assert check_header(data, LIMITS) == (16, 16)
+    assert decode(data)[0, 0].tolist() == pytest.approx([50, 0, 0], abs=3)
+
+
+def webp_canvas(width: int, height: int) -> bytes:
+    """A WebP of a few bytes whose first chunk claims a canvas."""
+    body = bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    chunks = b"WEBPVP8X" + len(body).to_bytes(4, "little") + body
+    return b"RIFF" + len(chunks).to_bytes(4, "little") + chunks
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+def test_a_webp_is_measured_without_its_decoder(lossless: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Size limits of a WebP hold before Pillow opens it, which allocates the whole canvas."""
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(1) or real(*a, **k))
+    for large in (webp_canvas(16_383, 16_383), encoded(Image.new("RGB", (401, 3)), "WEBP", lossless=lossless)):
+        with pytest.raises(Refused) as refused:
+            check_header(large, LIMITS)
+        assert refused.value.error_type == "image_too_large"
+    assert opened == []
+    small = encoded(Image.new("RGB", (31, 17)), "WEBP", lossless=lossless)
+    assert webp_size(small) == (31, 17)
+    assert check_header(small, LIMITS) == (17, 31)
+
+
+def test_the_magic_bytes_decide_and_no_other_reader_is_tried() -> None:
+    """A GIF behind a PNG's first bytes is a damaged PNG, never a GIF; the error tells what came."""
+    gif = encoded(Image.new("RGB", (16, 16)), "GIF")
+    with pytest.raises(Refused) as refused:
+        check_header(gif, LIMITS)
+    assert refused.value.detail == {"formats": ["JPEG", "PNG", "WEBP"], "first_bytes": gif[:8].hex()}
+    with pytest.raises(Refused) as refused:
+        check_header(b"\x89PNG\r\n\x1a\n" + gif, LIMITS)
+    assert (refused.value.status, refused.value.error_type) == (422, "broken_image")
+
+
+def test_a_jpeg_of_countless_scans_is_refused_unread() -> None:
+    """A progressive file whose every scan is a few bytes would keep a decoder busy for hours: a 422 that counts."""
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    data = encoded(photo, "JPEG", progressive=True)
+    assert check_header(data, LIMITS) == (40, 40)
+    start, end = data.rindex(b"\xff\xda"), len(data) - 2
+    bomb = data[:end] + data[start:end] * 100 + data[end:]
+    with pytest.raises(Refused, match="100 scans") as refused:
+        check_header(bomb, LIMITS)
+    assert refused.value.error_type == "too_many_scans"
 
 
 def test_a_phones_jpeg_with_previews_is_a_photograph() -> None:
@@ -168,18 +214,12 @@ def test_exif_turns_the_photograph_upright() -> None:
     assert decode(data).shape == (30, 20, 3)
 
 
-def test_keys() -> None:
-    """Without digests all may enter; with them only a key that has one of them, and never none."""
-    digests = [hashlib.sha256(key).hexdigest() for key in (b"alpha", b"beta")]
-    check_key(None, [])
-    check_key("anything", [])
-    check_key("alpha", digests)
-    check_key("beta", digests)
-    for wrong in (None, "", "gamma", digests[0]):
-        with pytest.raises(Refused) as refused:
-            check_key(wrong, digests)
-        assert refused.value.status == 401
-        assert refused.value.headers == {"WWW-Authenticate": "Bearer"}
+def test_a_refusal_survives_the_way_from_a_replica() -> None:
+    """Ray carries exceptions between processes: status, type, headers and detail come through."""
+    refused = Refused(413, "image_too_large", "rule, came, fix", {"Retry-After": "2"}, {"max_side": 8})
+    copied = copy.copy(refused)
+    assert (copied.status, copied.error_type, str(copied)) == (413, "image_too_large", "rule, came, fix")
+    assert (copied.headers, copied.detail) == ({"Retry-After": "2"}, {"max_side": 8})
 
 
 def test_the_gate_counts_pixels_in_and_out() -> None:
@@ -196,3 +236,31 @@ def test_the_gate_counts_pixels_in_and_out() -> None:
         fails_inside()
     with gate.admit(100):
         pass
+
+
+def test_the_gate_says_when_there_should_be_room() -> None:
+    """From the speed at which pixels left: whole seconds, at least one, at most a minute; idle time does not count."""
+    now = [0.0]
+    gate = PixelGate(1000, lambda: now[0])
+    assert gate.retry_after_s(10) == 1
+    now[0] = 500.0  # nobody came
+    with gate.admit(400):
+        now[0] = 504.0  # 100 pixels a second
+    with gate.admit(1000):
+        assert gate.retry_after_s(500) == pytest.approx(5, abs=1)
+        with pytest.raises(Overloaded) as refused, gate.admit(500):
+            pass
+        assert refused.value.retry_after_s == gate.retry_after_s(500)
+        now[0] += 1000
+        assert gate.retry_after_s(1000) == 60
+
+
+@given(steps=st.lists(st.tuples(st.integers(1, 500), st.floats(0, 100)), max_size=20), more=st.integers(1, 2000))
+def test_the_gates_advice_is_always_a_number_of_seconds(steps: list[tuple[int, float]], more: int) -> None:
+    """Whatever came before, Retry-After is a whole number from 1 to 60."""
+    now = [0.0]
+    gate = PixelGate(500, lambda: now[0])
+    for pixels, seconds in steps:
+        with gate.admit(pixels):
+            now[0] += seconds
+            assert 1 <= gate.retry_after_s(more) <= 60

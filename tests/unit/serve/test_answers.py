@@ -237,7 +237,7 @@ def test_the_model_is_asked_for_what_the_answer_needs(
 
 
 def test_polygons_of_noise_are_refused() -> None:
-    """A mask with an edge at every pixel would take seconds and megabytes as polygons; as run lengths it is answered."""
+    """A mask with an edge at every pixel would take seconds as polygons; as run lengths it is answered."""
     noise = photo(np.random.default_rng(0).integers(0, 3, (600, 700), dtype=np.uint8))
     with Client(create_app(Reader(), ApiSettings())) as client:
         answer = ask(client, noise, format="json", include="polygons")

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,9 @@ from PIL import Image
 from sceneray.data.images import decode_image, decode_label
 from sceneray.masks import Photo, overlay
 from serve.admission import UploadLimits
-from serve.answers import ANSWERS, choose
 from serve.api import ApiSettings, create_app
 from serve.batching import Limits, Overloaded
-from serve.schemas import Ask, ErrorBody, ModelBody, PredictionBody, SegmentationBody, Segmented
+from serve.schemas import Ask, ErrorBody, ModelBody, PredictionBody, Rules, SegmentationBody, Segmented
 from serve.segmenter import Segmenter
 from tests.bundles import CLASSES, agree, half_bright, write_bundle
 from tests.unit.serve.uploads import Client, encoded, png_header
@@ -96,8 +96,8 @@ def test_json_tells_what_is_in_the_image(client: Client) -> None:
 
 
 def test_the_overlay_is_the_photograph_blended_with_its_mask(client: Client) -> None:
-    """?view=overlay, and Accept: image/jpeg alike, give a JPEG of the blend at the photograph's size."""
-    answer = post(client, params={"view": "overlay"})
+    """?format=overlay, and Accept: image/jpeg alike, give a JPEG of the blend at the photograph's size."""
+    answer = post(client, params={"format": "overlay"})
     assert answer.headers["content-type"] == "image/jpeg"
     assert post(client, headers={"Accept": "image/jpeg"}).content == answer.content
     mask = decode_label(post(client).content)
@@ -136,8 +136,9 @@ def test_the_mask_lies_in_the_frame_that_people_see(client: Client) -> None:
     assert agree(decode_label(answer.content), MASK)
 
 
-def test_equal_shapes_share_a_batch(segmenter: Segmenter) -> None:
-    """Four images at once, two of each shape: each is answered in a batch of two, as it would be alone."""
+def test_equal_shapes_share_a_batch(tmp_path: Path) -> None:
+    """In fast mode, four images at once, two of each shape: each in a batch of two, answered as it would be alone."""
+    segmenter = Segmenter.load(write_bundle(str(tmp_path)), LIMITS, "cpu", rules=Rules(mode="fast"))
     pictures = [half_bright(48, 64), half_bright(64, 48), half_bright(48, 64), half_bright(64, 48)]
 
     async def together() -> list[Segmented]:
@@ -156,11 +157,6 @@ BAD = {
     "too many pixels": (png_header(200, 101), 413, "image_too_large"),
     "too large a body": (b"\xff" * 50_001, 413, "body_too_large"),
     "gif": (encoded(Image.new("RGB", (16, 16)), "GIF"), 415, "unsupported_image"),
-    "animation": (
-        encoded(Image.new("L", (16, 16)), "PNG", save_all=True, append_images=[Image.new("L", (16, 16), 9)]),
-        422,
-        "animated_image",
-    ),
     "pixels that are not there": (png_header(100, 100), 422, "broken_image"),
     "too small": (encoded(Image.new("RGB", (7, 64)), "PNG"), 422, "unfit_image"),
 }
@@ -184,7 +180,7 @@ def test_a_bad_upload_is_refused_and_the_server_lives_on(client: Client, name: s
     [
         ({"files": {"photo": ("photo.jpg", JPEG, "image/jpeg")}}, 422, "missing_field"),
         ({"data": {"image": "text"}, "files": {"other": ("o", b"x")}}, 422, "missing_field"),
-        ({"files": [("image", ("a", JPEG)), ("image", ("b", JPEG))]}, 400, "bad_request"),
+        ({"files": [("image", ("a", JPEG))] * 17}, 400, "bad_request"),
         ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "bad_request"),
         ({"content": b"garbage", "headers": {"Content-Type": "multipart/form-data; boundary=b"}}, 4, ""),
         (
@@ -193,9 +189,9 @@ def test_a_bad_upload_is_refused_and_the_server_lives_on(client: Client, name: s
             "unsupported_media_type",
         ),
         ({"json": {"image": "http://example.org/photo.jpg"}}, 415, "unsupported_media_type"),
-        ({"content": JPEG, "params": {"view": "sideways"}}, 422, "invalid_parameter"),
+        ({"content": JPEG, "params": {"format": "sideways"}}, 422, "invalid_parameter"),
+        ({"content": JPEG, "params": {"view": "overlay"}}, 422, "invalid_parameter"),
         ({"content": JPEG, "headers": {"Accept": "text/html"}}, 406, "not_acceptable"),
-        ({"content": JPEG, "params": {"view": "overlay"}, "headers": {"Accept": "image/png"}}, 406, "not_acceptable"),
     ],
 )
 def test_a_bad_request_is_refused_and_the_server_lives_on(
@@ -290,40 +286,19 @@ def test_keys_guard_the_model_and_not_its_health(segmenter: Segmenter) -> None:
 
 
 def test_the_documentation_needs_no_other_server(client: Client) -> None:
-    """/docs loads its scripts and styles from here, and / leads to it."""
+    """/docs loads its scripts and styles from here."""
     page = client.get("/docs").text
     assert "//" not in page.replace("//-->", "")
     for asset in ("swagger-ui-bundle.js", "swagger-ui.css"):
         assert f"/docs-assets/{asset}" in page
         assert client.get(f"/docs-assets/{asset}").status_code == 200
-    assert client.get("/").headers["location"] == "/docs"
 
 
 def test_openapi_documents_both_bodies_and_all_answers(client: Client) -> None:
-    """The schema names multipart and raw bodies, every answer format, and the errors."""
+    """The schema names multipart and raw bodies, an answer, and the errors (the formats: test_answers.py)."""
     schema = client.get("/openapi.json").json()
     segment = schema["paths"]["/v1/segment"]["post"]
     assert {"multipart/form-data", "image/jpeg", "application/octet-stream"} <= set(segment["requestBody"]["content"])
-    assert set(segment["responses"]["200"]["content"]) == set(ANSWERS)
+    assert {"image/png", "application/json"} <= set(segment["responses"]["200"]["content"])
     assert {"401", "406", "413", "415", "422", "429"} <= set(segment["responses"])
     assert json.dumps(segment["responses"]["413"]).count("ErrorBody") == 1
-
-
-@pytest.mark.parametrize(
-    ("accept", "view", "chosen"),
-    [
-        (None, "mask", "image/png"),
-        ("*/*", "mask", "image/png"),
-        ("image/*", "mask", "image/png"),
-        ("application/json", "mask", "application/json"),
-        ("image/png;q=0.5, application/json", "mask", "application/json"),
-        ("image/png;q=0, */*", "mask", "application/json"),
-        ("text/html, image/webp, image/*;q=0.8", "mask", "image/png"),
-        ("APPLICATION/JSON ; Q=1.0", "mask", "application/json"),
-        (None, "overlay", "image/jpeg"),
-        ("image/*", "overlay", "image/jpeg"),
-    ],
-)
-def test_accept_is_negotiated(accept: str | None, view: str, chosen: str) -> None:
-    """The most specific range decides, then its q, then our own order."""
-    assert choose(accept, view) == chosen

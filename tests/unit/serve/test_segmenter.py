@@ -21,8 +21,8 @@ from sceneray.errors import BundleError, DataError, ServingError
 from sceneray.masks import Mask, Photo
 from sceneray.models.pspnet import build_model, upscale
 from sceneray.predictor import Predictor
-from serve.batching import Limits, TooLate
-from serve.runner import Item, OutOfMemory, Runner
+from serve.batching import Limits, OutOfMemory, TooLate
+from serve.runner import Item, Runner
 from serve.schemas import Ask, Rules, Segmented
 from serve.segmenter import Segmenter
 from tests.bundles import agree, half_bright

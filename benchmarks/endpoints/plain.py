@@ -1,0 +1,40 @@
+"""Peer: FastAPI and uvicorn, the model in a thread of its own, decoding and encoding in a pool.
+
+python -m benchmarks.endpoints.plain BUNDLE PORT THREADS
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import uvicorn
+from fastapi import FastAPI, Response, UploadFile
+
+from benchmarks.endpoints.work import Work
+
+
+def create_app(bundle: str, threads: int) -> FastAPI:
+    """The app: nothing but the work. No limits, keys or checks, which cost the other side time."""
+    work = Work(bundle, threads)
+    model = ThreadPoolExecutor(1)
+    codecs = ThreadPoolExecutor(2)
+    app = FastAPI()
+
+    @app.post("/v1/segment")
+    async def segment(image: UploadFile) -> Response:
+        loop = asyncio.get_running_loop()
+        photo = await loop.run_in_executor(codecs, work.decode, await image.read())
+        masks = await loop.run_in_executor(model, work.predict, [photo])
+        return Response(await loop.run_in_executor(codecs, work.encode, masks[0]), media_type="image/png")
+
+    @app.get("/v2/health/ready")
+    async def ready() -> dict[str, bool]:
+        return {"ready": True}
+
+    return app
+
+
+if __name__ == "__main__":
+    uvicorn.run(create_app(sys.argv[1], int(sys.argv[3])), port=int(sys.argv[2]), log_level="warning")
