@@ -31,6 +31,11 @@ test-unit: $(STAMP)  ## the quick tests: no Ray, no servers but S3
 test-chaos: $(STAMP)  ## slow tests that kill training workers
 	@$(BIN)/python -m pytest -m chaos $(ARGS)
 
+.PHONY: test-serve
+test-serve: $(STAMP)  ## of those, the endpoint's: mixed sizes, kills, promote and rollback, autoscaling, a batch killed
+	@$(BIN)/python -m pytest -m chaos $(ARGS) -s \
+	  tests/ray/test_serve_mixed.py tests/ray/test_serve_faults.py tests/ray/test_autoscaling.py tests/ray/test_batch_predict.py
+
 .PHONY: test-slice
 test-slice: $(STAMP)  ## of those, the few that CI runs
 	@$(BIN)/python -m pytest -m "chaos and slice" $(ARGS)

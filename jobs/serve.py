@@ -82,7 +82,7 @@ def serving(
     bundles.verify(args.bundle)
     if address is None and not os.environ.get("RAY_ADDRESS"):
         # A private Ray: the machine is ours, and Ray would give each replica one thread.
-        args = args.model_copy(update={"threads": cpu_threads(args.threads, args.replicas)})
+        args = args.model_copy(update={"threads": cpu_threads(args.threads, args.max_replicas or args.replicas)})
     needed = math.ceil((args.max_replicas or args.replicas) * args.cpus + args.ingress_replicas)
     with contextlib.ExitStack() as stack, ray_session(address, cpus=max(needed, usable_cores())):
         _refuse_running()

@@ -16,7 +16,7 @@ from tune.settings import TuneSettings
 
 SETTINGS = {"jobs/configs": TrainSettings, "tune/configs": TuneSettings}
 # Files of Ray's own kinds, which their own tests load: tests/cloud and the tests of serve.
-OTHERS = {"cluster.yaml", "serve/config.yaml", "serve/config.cluster.yaml"}
+OTHERS = {"cluster.yaml", "serve/config.yaml", "serve/alerts.yaml", "serve/config.cluster.yaml"}
 FILES = [str(path.relative_to(ROOT)) for path in tracked_files() if path.suffix in (".yaml", ".yml")]
 OURS = [name for name in FILES if name.rpartition("/")[0] in SETTINGS]
 
