@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,11 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from jobs import batch_options
 from jobs.batch_plan import SUFFIXES, add_shares
 from jobs.cli import main_of, say
-from sceneray.errors import DataError, ServingError
+from sceneray.errors import DataError
 
 if TYPE_CHECKING:
-    import httpx
-
+    from sceneray.client import Client
     from sceneray.data.store import ClassInfo
     from sceneray.masks import Mask, Photo
     from sceneray.predictor import Predictor
@@ -28,8 +26,6 @@ KEY_VARIABLE = "SCENERAY_API_KEY"
 BATCH = 8
 MANY = 200
 JPEG_QUALITY = 90
-ATTEMPTS = 5
-LONGEST_WAIT_S = 30.0
 TIMEOUT_S = 150.0  # above the endpoint's own
 
 
@@ -172,25 +168,15 @@ class _Local:
 class _Remote:
     """A running endpoint."""
 
-    def __init__(self, client: httpx.Client) -> None:
+    def __init__(self, client: Client) -> None:
         from sceneray.checkpoint import classes_from_json
 
         self._client = client
-        self.classes: Sequence[ClassInfo] = classes_from_json(_ask(client, "GET", "/v1/model").json()["classes"])
+        self.classes: Sequence[ClassInfo] = classes_from_json(client.model()["classes"])
 
     def __call__(self, images: Sequence[_Opened]) -> list[Mask | DataError]:
-        return [self._one(opened) for opened in images]
-
-    def _one(self, opened: _Opened) -> Mask | DataError:
-        from sceneray.data.images import decode_label
-
-        headers = {"Accept": "image/png", "Content-Type": "application/octet-stream"}
-        try:
-            answer = _ask(self._client, "POST", "/v1/segment", content=opened.data, headers=headers)
-        except DataError as error:
-            return error
-        mask: Mask = decode_label(answer.content)
-        return mask
+        answers = self._client.segment_many((opened.data for opened in images), errors="return")
+        return [answer if isinstance(answer, DataError) else answer.mask for answer in answers]
 
 
 @contextlib.contextmanager
@@ -200,11 +186,9 @@ def _segmenter(args: argparse.Namespace) -> Iterator[_Segmenter]:
 
         yield _Local(Predictor.load(args.bundle, args.device))
         return
-    import httpx
+    from sceneray.client import Client
 
-    key = os.environ.get(KEY_VARIABLE)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=args.url, headers=headers, timeout=TIMEOUT_S) as client:
+    with Client(args.url, os.environ.get(KEY_VARIABLE) or None, TIMEOUT_S) as client:
         yield _Remote(client)
 
 
@@ -241,42 +225,6 @@ def _save(out: str, name: str, result: _Answered, classes: Sequence[ClassInfo]) 
     storage.write_bytes(mask_url, indexed_png(result.mask, classes))
     storage.write_bytes(overlay_url, encode_jpeg(overlay(result.image, result.mask, classes), JPEG_QUALITY))
     return {"image": result.url, "mask": mask_url, "overlay": overlay_url, "classes": shares(result.mask, classes)}
-
-
-def _ask(client: httpx.Client, method: str, path: str, **request: Any) -> httpx.Response:
-    """One request, again after 429 and 503 when the endpoint says so.
-
-    Raises DataError where the endpoint refuses the image, ServingError where it refuses or fails otherwise.
-    """
-    import httpx
-
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            answer = client.request(method, path, **request)
-        except httpx.TransportError as error:
-            raise ServingError(
-                f"no answer from {client.base_url}: {error}. Start an endpoint (sceneray serve BUNDLE), or check --url."
-            ) from error
-        if answer.status_code not in (429, 503) or attempt == ATTEMPTS:
-            break
-        time.sleep(_wait_s(answer, attempt))
-    if answer.is_success:
-        return answer
-    kind = DataError if answer.status_code in (413, 415, 422) else ServingError
-    raise kind(f"{client.base_url} answered {answer.status_code} to {path}: {_told(answer)}")
-
-
-def _wait_s(answer: httpx.Response, attempt: int) -> float:
-    """What Retry-After asks for, else 1, 2, 4, ... seconds; never more than LONGEST_WAIT_S."""
-    asked = answer.headers.get("retry-after", "")
-    wait_s = float(asked) if asked.isdigit() else 2.0 ** (attempt - 1)
-    return min(wait_s, LONGEST_WAIT_S)
-
-
-def _told(answer: httpx.Response) -> str:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return str(answer.json()["error"])
-    return answer.text[:200] or "nothing more was said."
 
 
 if __name__ == "__main__":
