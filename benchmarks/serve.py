@@ -163,7 +163,7 @@ def make_bundle(folder: Path, quick: bool) -> str:
     """A MobileNetV2 PSPNet with random weights: how fast it is does not depend on what it learned."""
     import torch
 
-    from sceneray import bundle
+    from sceneray import bundle, onnx_graph
     from sceneray.config import ModelSettings
     from sceneray.data import town
     from sceneray.models.pspnet import build_model
@@ -173,7 +173,8 @@ def make_bundle(folder: Path, quick: bool) -> str:
     settings = ModelSettings(backbone="mobilenet_v2", head_width=width)
     model = build_model(settings, len(town.CLASSES), load_weights=False)
     url = str(folder / "bundle")
-    bundle.write(url, model, settings, town.CLASSES, 255, {"name": "benchmark", "version": "0"})
+    about = {"name": "benchmark", "version": "0"}
+    bundle.write(url, model, settings, town.CLASSES, 255, about, onnx_graph.export(model.eval()))
     return url
 
 

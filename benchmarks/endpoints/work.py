@@ -24,7 +24,7 @@ class Work:
 
     def __init__(self, bundle: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.predictor = Predictor.load(bundle, "cpu")
+        self.predictor = Predictor.load(bundle, "cpu", runtime=None)  # as the endpoint chooses
         self.predictor.self_check()
 
     def decode(self, data: bytes) -> Photo:
