@@ -124,30 +124,33 @@ class HandleBackend:
 
     async def segment(self, image: Photo, ask: Ask) -> Segmented:
         """The mask of `image`. Raises what the replica answered in place of one, Overloaded, or Refused (503)."""
+        try:
+            answer = await self._ask(self._handle.segment, image, ask)
+        except BackPressureError as error:
+            raise Overloaded("every model replica is busy; try again in 1 s.") from error
+        if isinstance(answer, ScenerayError):
+            raise answer
+        segmented: Segmented = answer
+        return segmented
+
+    async def describe(self) -> dict[str, Any]:
+        """bundle.json and the bundle's digest. Raises Refused (503)."""
+        about: dict[str, Any] = await self._ask(self._handle.describe)
+        return about
+
+    async def _ask(self, method: Any, *arguments: Any) -> Any:
+        """What a replica answers; another one is asked where it is lost, for asking changes nothing."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                answer = await self._handle.segment.remote(image, ask)
-            except BackPressureError as error:
-                raise Overloaded("every model replica is busy; try again in 1 s.") from error
+                return await method.remote(*arguments)
             except RayActorError as error:
-                # Its process is gone, and the answer with it. Nothing was changed by asking, so another one is asked.
                 log.warning("a model replica was lost, attempt %d of %d: %s", attempt, ATTEMPTS, error)
-                continue
-            if isinstance(answer, ScenerayError):
-                raise answer
-            segmented: Segmented = answer
-            return segmented
         raise Refused(
             503,
             "replica_lost",
-            f"{ATTEMPTS} model replicas ended while they worked on this image: try again.",
+            f"{ATTEMPTS} model replicas ended while they worked on this: try again.",
             {"Retry-After": "1"},
         )
-
-    async def describe(self) -> dict[str, Any]:
-        """bundle.json and the bundle's digest."""
-        about: dict[str, Any] = await self._handle.describe.remote()
-        return about
 
 
 def build(args: ServeArgs) -> Application:

@@ -151,7 +151,7 @@ def test_what_is_a_run() -> None:
     """A run folder has a config and attempts; a sweep, a checkpoint and a folder of settings are none."""
     assert is_run(["attempts", "config.yaml", "metrics"])
     assert is_run(["config.yaml", "status"])
-    assert is_run(["config.yaml", ".ray"])
+    assert is_run(["config.yaml"])
     assert not is_run(["config.yaml", "trials", "sweep.json"])
     assert not is_run(["config.yaml", "manifest.json", "state.json"])
     assert not is_run(["attempts"])
