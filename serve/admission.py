@@ -11,7 +11,7 @@ import contextlib
 import io
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,9 +86,14 @@ async def read_upload(request: Request, limits: UploadLimits) -> bytes:
             f"the body must be an image or multipart/form-data, got {kind}: send -F image=@photo.jpg, or "
             "--data-binary @photo.jpg with -H 'Content-Type: image/jpeg'.",
         )
+    check_not_empty(data)
+    return data
+
+
+def check_not_empty(data: bytes) -> None:
+    """Raise Refused (422) for a file without a byte."""
     if not data:
         raise Refused(422, "empty_image", "an image is required and the body is empty.")
-    return data
 
 
 async def read_form_upload(request: Request, limits: UploadLimits) -> bytes:
@@ -126,12 +131,12 @@ def check_header(data: bytes, limits: UploadLimits) -> tuple[int, int]:
         )
     if form == "WEBP" and (claimed := webp_size(data)) is not None:
         _check_size(*claimed, limits)
-    if form == "JPEG" and jpeg_scans(data) > MAX_JPEG_SCANS:
+    if form == "JPEG" and (scans := jpeg_scans(data)) > MAX_JPEG_SCANS:
         raise Refused(
             422,
             "too_many_scans",
-            f"a JPEG may have {MAX_JPEG_SCANS} scans, got {jpeg_scans(data)}: save it again.",
-            detail={"max_scans": MAX_JPEG_SCANS, "scans": jpeg_scans(data)},
+            f"a JPEG may have {MAX_JPEG_SCANS} scans, got {scans}: save it again.",
+            detail={"max_scans": MAX_JPEG_SCANS, "scans": scans},
         )
     try:
         with Image.open(io.BytesIO(data), formats=[form]) as header:
@@ -216,14 +221,19 @@ async def _form_file(request: Request) -> bytes:
     async with request.form(max_files=1, max_fields=16, max_part_size=64 * 1024) as form:
         part = form.get(FIELD)
         if not isinstance(part, UploadFile):
-            fields = ", ".join(sorted(form))[:200] or "none"
-            raise Refused(
-                422,
-                "missing_field",
-                f"a file field '{FIELD}' is required, got fields: {fields}. Send -F {FIELD}=@photo.jpg.",
-                detail={"field": FIELD},
-            )
+            raise missing_field(form)
         return await part.read()
+
+
+def missing_field(form: Iterable[str]) -> Refused:
+    """The refusal of a form, of which the names of the fields are given, without an image's file."""
+    fields = ", ".join(sorted(form))[:200] or "none"
+    return Refused(
+        422,
+        "missing_field",
+        f"a file field '{FIELD}' is required, got fields: {fields}. Send -F {FIELD}=@photo.jpg.",
+        detail={"field": FIELD},
+    )
 
 
 def counted(receive: Receive, limits: UploadLimits) -> Receive:

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sceneray.errors import DataError
-from serve.admission import Refused
+from serve.admission import Refused, check_not_empty
 from serve.answers import SUFFIXES, Unanswerable
 from serve.schemas import ErrorBody
-from serve.uploads import Upload, check_not_empty
+from serve.uploads import Upload
 
 MANIFEST = "manifest.json"
 # Of refusals these are about one image; any other is about the caller or the server.

@@ -99,11 +99,6 @@ class Segmenter:
         """Where the model runs."""
         return self._runner.predictor.device
 
-    @property
-    def queued_pixels(self) -> int:
-        """Pixels that wait for a forward pass."""
-        return self._batcher.queued_cost
-
     async def segment(self, image: Photo, ask: Ask | None = None) -> Segmented:
         """The mask of `image` (uint8 [H, W, 3]).
 
@@ -145,7 +140,7 @@ class Segmenter:
         side = self.rules.long_side or runner.input.get("long_side")
         if side is None:
             raise DataError("this model has no long side to resize to: serve it with long_side=N, or ask for native.")
-        small = await asyncio.get_running_loop().run_in_executor(self._helpers, _shrunk, image, int(side))
+        small = await asyncio.get_running_loop().run_in_executor(self._helpers, _shrunk, image, side)
         runner.predictor.check(small)
         return _answer(runner, [await self._submit(runner, Item(small, _size(image), ask.confidence), ask)])
 
@@ -155,14 +150,14 @@ class Segmenter:
         if side is None:
             raise DataError("this model has no window: serve it with window=N, or ask for native.")
         loop = asyncio.get_running_loop()
-        grown = windows.padded(image, int(side))
+        grown = windows.padded(image, side)
         runner.predictor.check(grown)
         height, width = _size(grown)
         bands = windows.Bands(width, side, ask.confidence)
         parts: list[tuple[Mask, Mask | None]] = []
         answers: list[Batched[Outcome]] = []
+        lefts = windows.starts(width, side)
         for top in windows.starts(height, side):
-            lefts = windows.starts(width, side)
             tiles = [Item(grown[top : top + side, left : left + side], (side, side), window=True) for left in lefts]
             row = await _all(self._submit(runner, tile, ask, admitted=top > 0) for tile in tiles)
             parts += await loop.run_in_executor(self._helpers, _add_row, bands, top, lefts, row)

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from serve.admission import FIELD, Refused, UploadLimits, bounded, check_header, read_upload
+from serve.admission import (
+    FIELD,
+    Refused,
+    UploadLimits,
+    bounded,
+    check_header,
+    check_not_empty,
+    missing_field,
+    read_upload,
+)
 
 MAX_IMAGES = 16
 MAX_NAME = 255
@@ -33,22 +42,11 @@ async def read_uploads(request: Request, limits: UploadLimits) -> list[Upload]:
     async with body.form(max_files=MAX_IMAGES, max_fields=16, max_part_size=64 * 1024) as form:
         parts = [part for part in form.getlist(FIELD) if isinstance(part, UploadFile)]
         if not parts:
-            fields = ", ".join(sorted(form)) or "none"
-            raise Refused(
-                422,
-                "missing_field",
-                f"a file field '{FIELD}' is required, got fields: {fields}. Send -F {FIELD}=@photo.jpg.",
-            )
+            raise missing_field(form)
         uploads = [Upload(await part.read(), (part.filename or "")[:MAX_NAME] or None) for part in parts]
     if len(uploads) == 1:
         check_not_empty(uploads[0].data)
     return uploads
-
-
-def check_not_empty(data: bytes) -> None:
-    """Raise Refused (422) for a file without a byte."""
-    if not data:
-        raise Refused(422, "empty_image", "an image is required and the body is empty.")
 
 
 def check_together(uploads: Sequence[Upload], limits: UploadLimits) -> None:

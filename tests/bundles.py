@@ -6,12 +6,15 @@ whose R + G + B lies clearly above ImageNet's mean are "bright" (1), the others 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
 
 from sceneray import bundle
 from sceneray.config import ModelSettings
+from sceneray.data import town
 from sceneray.data.store import ClassInfo
 from sceneray.masks import Mask, Photo
 from sceneray.models.pspnet import STD, PSPNet, build_model
@@ -57,6 +60,17 @@ def write_bundle(url: str, version: str = "7") -> str:
         "source": {"checkpoint": "by-hand", "digest": "0" * 64, "step": 0},
     }
     bundle.write(url, brightness_model(), SETTINGS, CLASSES, 255, about)
+    return url
+
+
+def write_lively_bundle(url: str, **about: Any) -> str:
+    """A bundle of a network with random weights and lively logits: many pixels lie close between two classes."""
+    torch.manual_seed(3)
+    settings = ModelSettings(backbone="mobilenet_v2", bins=(1, 2, 3, 6), pool_width=8, head_width=16, aux_width=8)
+    model = build_model(settings, len(town.CLASSES), load_weights=False)
+    with torch.no_grad():  # running statistics as of a trained network: an untrained one's make every image alike
+        model(torch.stack([torch.from_numpy(town.draw(seed, 96, 96)[0]).permute(2, 0, 1) for seed in range(8)]))
+    bundle.write(url, model, settings, town.CLASSES, 255, {"name": "lively", "version": "1", **about})
     return url
 
 

@@ -8,32 +8,19 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from jobs.serve import serving
-from sceneray import bundle
-from sceneray.config import ModelSettings
 from sceneray.data import town
 from sceneray.data.images import decode_label
 from sceneray.masks import Mask, Photo
-from sceneray.models.pspnet import build_model, upscale
+from sceneray.models.pspnet import upscale
 from sceneray.predictor import Predictor
+from tests.bundles import write_lively_bundle
 from tests.unit.serve.uploads import encoded
 
 SIZES = [(side, side + extra) for side in (56, 64, 81, 96) for extra in (0, 13, 32)]
 AT_ONCE = 32
-
-
-def lively_bundle(url: str) -> str:
-    """A bundle of a network with random weights and running statistics of real scenes: many pixels are close calls."""
-    torch.manual_seed(3)
-    settings = ModelSettings(backbone="mobilenet_v2", bins=(1, 2, 3, 6), pool_width=8, head_width=16, aux_width=8)
-    model = build_model(settings, len(town.CLASSES), load_weights=False)
-    with torch.no_grad():
-        model(torch.stack([torch.from_numpy(town.draw(seed, 96, 96)[0]).permute(2, 0, 1) for seed in range(8)]))
-    bundle.write(url, model, settings, town.CLASSES, 255, {"name": "lively", "version": "1"})
-    return url
 
 
 def ask(client: httpx.Client, image: Photo) -> tuple[bytes, int]:
@@ -58,7 +45,7 @@ def close_calls(predictor: Predictor, image: Photo) -> tuple[Mask, Mask]:
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 def test_photos_of_twelve_sizes_at_once_are_answered_as_alone(tmp_path: Path, mode: str, count: int) -> None:
     """Exact: the same bytes, 32 at a time as one at a time. Fast: only pixels between two classes may differ."""
-    url = lively_bundle(str(tmp_path / "bundle"))
+    url = write_lively_bundle(str(tmp_path / "bundle"))
     chance = np.random.default_rng(count)
     images = [town.draw(seed, *SIZES[chance.integers(len(SIZES))])[0] for seed in range(count)]
     options = {"mode": mode, "exact_batch": 4, "max_batch_size": 4, "batch_wait_ms": 50, "access_log": False}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,28 +15,8 @@ from serve.api import ApiSettings, create_app
 from serve.oip_messages import HEADER
 from serve.schemas import ErrorBody
 from serve.segmenter import Segmenter
-from tests.bundles import write_bundle
-from tests.unit.serve.tensors import INFER, LIMITS, UPLOADS, assert_error, binary, message, pictures, post
+from tests.unit.serve.tensors import INFER, assert_error, binary, message, pictures, post
 from tests.unit.serve.uploads import Client
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The bundle whose answers are known."""
-    return write_bundle(str(tmp_path_factory.mktemp("bundle")))
-
-
-@pytest.fixture(scope="module")
-def segmenter(bundle: str) -> Segmenter:
-    """The real thing, in this process."""
-    return Segmenter.load(bundle, LIMITS, "cpu")
-
-
-@pytest.fixture(scope="module")
-def client(segmenter: Segmenter) -> Iterator[Client]:
-    """A client without a network of an app without keys."""
-    with Client(create_app(segmenter, ApiSettings(UPLOADS))) as client:
-        yield client
 
 
 def changed(**fields: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,6 @@ from serve.api import ApiSettings, create_app
 from serve.batching import Overloaded
 from serve.schemas import Ask, Rules, Segmented
 from serve.segmenter import Segmenter
-from tests.bundles import write_bundle
 from tests.unit.serve.tensors import (
     LIMITS,
     NAME,
@@ -33,25 +31,6 @@ from tests.unit.serve.tensors import (
 from tests.unit.serve.uploads import Client
 
 GOOD = message(pictures(1))
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The bundle whose answers are known."""
-    return write_bundle(str(tmp_path_factory.mktemp("bundle")))
-
-
-@pytest.fixture(scope="module")
-def segmenter(bundle: str) -> Segmenter:
-    """The real thing, in this process."""
-    return Segmenter.load(bundle, LIMITS, "cpu")
-
-
-@pytest.fixture(scope="module")
-def client(segmenter: Segmenter) -> Iterator[Client]:
-    """A client without a network of an app without keys."""
-    with Client(create_app(segmenter, ApiSettings(UPLOADS))) as client:
-        yield client
 
 
 def test_nested_lists_are_read_as_flat_ones(client: Client) -> None:

@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from sceneray import bundle
-from sceneray.config import ModelSettings
 from sceneray.data import town
 from sceneray.errors import BundleError, DataError, ServingError
 from sceneray.masks import Mask, Photo
-from sceneray.models.pspnet import build_model, upscale
+from sceneray.models.pspnet import upscale
 from sceneray.predictor import Predictor
 from serve.batching import Limits, OutOfMemory, TooLate
 from serve.runner import Item, Runner
 from serve.schemas import Ask, Rules, Segmented
 from serve.segmenter import Segmenter
-from tests.bundles import agree, half_bright
+from tests.bundles import agree, half_bright, write_bundle, write_lively_bundle
 
 LIMITS = Limits(max_items=4, max_cost=2**22, max_queued_cost=2**24, max_wait_s=0.02)
 SHAPES = ((48, 64), (64, 48), (57, 83), (40, 40))
@@ -34,16 +33,9 @@ CLASSES = town.CLASSES
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A bundle with random weights and lively logits: many pixels lie close between two classes."""
-    torch.manual_seed(3)
-    settings = ModelSettings(backbone="mobilenet_v2", bins=(1, 2, 3, 6), pool_width=8, head_width=16, aux_width=8)
-    model = build_model(settings, len(CLASSES), load_weights=False)
-    with torch.no_grad():  # running statistics as of a trained network: an untrained one's make every image alike
-        model(torch.stack([torch.from_numpy(town.draw(seed, 96, 96)[0]).permute(2, 0, 1) for seed in range(8)]))
+    """A bundle with random weights and lively logits, windows of 48 pixels and a shape to warm."""
     url = str(tmp_path_factory.mktemp("network") / "bundle")
-    about = {"name": "lively", "version": "1", "input": {"rule": "native", "window": 48, "warm": [[48, 64]]}}
-    bundle.write(url, model, settings, CLASSES, 255, about)
-    return url
+    return write_lively_bundle(url, input={"rule": "native", "window": 48, "warm": [[48, 64]]})
 
 
 def photos(count: int) -> list[Photo]:
@@ -220,8 +212,6 @@ def test_a_stuck_model_is_unhealthy(network: str) -> None:
 
 def test_a_replaced_model_answers_what_it_was_asked(network: str, tmp_path: Path) -> None:
     """Requests from before the change are answered by the old model, later ones by the new; none fails."""
-    from tests.bundles import write_bundle
-
     segmenter = Segmenter.load(write_bundle(str(tmp_path / "bright")), LIMITS, "cpu")
     image, mask = half_bright()
 
