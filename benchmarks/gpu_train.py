@@ -14,11 +14,9 @@ it runs.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.peers import figures
+from benchmarks.peers import figures, gpu
 from benchmarks.peers.loops import REFERENCE, ReferenceNet, reference_loss
 from benchmarks.peers.setting import town_store
 from sceneray import config
@@ -56,7 +54,6 @@ class Size:
 
 FULL = Size("{backbone: resnet50, output_stride: 8}", 713, 16, 2, 5, 10, 5, 8192)
 QUICK = Size("{backbone: resnet18, head_width: 16, aux_width: 16, pool_width: 8}", 64, 2, 2, 1, 1, 2, 256)
-Step = Callable[[], object]
 
 
 def main() -> None:
@@ -81,9 +78,10 @@ def measure(size: Size, device: torch.device) -> dict[str, Any]:
     """Every variant, one after the other: two networks of this size do not fit side by side."""
     with tempfile.TemporaryDirectory(prefix="sceneray-bench-") as name:
         settings, data, batches = prepare(size, Path(name), device)
-        peak, bandwidth = matmul_flops_per_s(size.matrix, device), copy_bytes_per_s(size.matrix, device)
+        peak = gpu.matmul_flops_per_s(size.matrix, device)
+        bandwidth = gpu.copy_bytes_per_s(size.matrix, device)
         flops = flops_per_image(settings, data, batches[0], device)
-        makers: dict[str, Callable[[], Step]] = {
+        makers: dict[str, Callable[[], gpu.Work]] = {
             "sceneray": lambda: our_step(settings, data, batches),
             "sceneray, compiled": lambda: our_step(settings.model_copy(update={"compile": True}), data, batches),
             "reference, fp32": lambda: reference_step(settings, data, batches, device, amp=False),
@@ -96,7 +94,7 @@ def measure(size: Size, device: torch.device) -> dict[str, Any]:
         variants = {key: run_variant(make, size, device, flops, peak) for key, make in makers.items()}
     return {
         "benchmark": "gpu_train",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": gpu.name(device),
         "torch": torch.__version__,
         "model": size.model,
         "crop": size.crop,
@@ -133,14 +131,16 @@ def prepare(size: Size, folder: Path, device: torch.device) -> tuple[TrainSettin
     return settings, data, batches
 
 
-def our_step(settings: TrainSettings, data: Data, batches: list[Batch]) -> Step:
+def our_step(settings: TrainSettings, data: Data, batches: list[Batch]) -> gpu.Work:
     """A step of our loop, on the next batch."""
     state = create_state(settings, Runtime(), data)
     following = cycle(batches)
     return lambda: train_step(state, [next(following)])
 
 
-def reference_step(settings: TrainSettings, data: Data, batches: list[Batch], device: torch.device, amp: bool) -> Step:
+def reference_step(
+    settings: TrainSettings, data: Data, batches: list[Batch], device: torch.device, amp: bool
+) -> gpu.Work:
     """A step of torchvision's loop: normalised float batches, which its loader's processes would have made."""
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(settings.seed)
@@ -169,12 +169,12 @@ def reference_step(settings: TrainSettings, data: Data, batches: list[Batch], de
 
 
 def run_variant(
-    make: Callable[[], Step], size: Size, device: torch.device, flops: float, peak: float
+    make: Callable[[], gpu.Work], size: Size, device: torch.device, flops: float, peak: float
 ) -> dict[str, Any]:
     """Images per second (the median), share of the peak, memory; {"error": ...} where the variant did not fit."""
-    release(device)
+    gpu.release(device)
     try:
-        seconds = step_seconds(make(), size, device)
+        seconds = gpu.mean_seconds(make(), device, size.warm_up, size.steps, size.repetitions)
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
     rate = size.batch / statistics.median(seconds)
@@ -189,21 +189,6 @@ def run_variant(
     }
 
 
-def step_seconds(step: Step, size: Size, device: torch.device) -> list[float]:
-    """Seconds a step, one mean for each repetition."""
-    for _ in range(size.warm_up):
-        step()
-    found = []
-    for _ in range(size.repetitions):
-        wait(device)
-        started_at = time.perf_counter()
-        for _ in range(size.steps):
-            step()
-        wait(device)
-        found.append((time.perf_counter() - started_at) / size.steps)
-    return found
-
-
 def flops_per_image(settings: TrainSettings, data: Data, batch: Batch, device: torch.device) -> float:
     """Floating point operations of a forward and a backward pass, counted by PyTorch on two images; a multiply and an
     add are two."""
@@ -213,25 +198,6 @@ def flops_per_image(settings: TrainSettings, data: Data, batch: Batch, device: t
         logits = model(images, seeds)
         reference_loss({"out": logits.main, "aux": logits.aux}, labels).backward()
     return float(counter.get_total_flops()) / 2
-
-
-def matmul_flops_per_s(side: int, device: torch.device) -> float:
-    """Operations per second of a square matrix product: bfloat16 on a GPU, float32 on a CPU; the median of some."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / _median_seconds(lambda: a @ b, device)
-
-
-def copy_bytes_per_s(side: int, device: torch.device) -> float:
-    """Bytes read and written per second by a copy on the device, of side × side × 8 floats."""
-    source = torch.zeros(8, side, side, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device)
-
-
-def _median_seconds(work: Step, device: torch.device, calls: int = 10) -> float:
-    one = Size("", 0, 0, 0, warm_up=3, steps=calls, repetitions=5, matrix=0)
-    return statistics.median(step_seconds(work, one, device))
 
 
 def ratios(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -264,21 +230,6 @@ def report(result: Mapping[str, Any]) -> str:
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor in memory that a GPU copies from by itself."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
-def wait(device: torch.device) -> None:
-    """Wait until the device has done everything it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def release(device: torch.device) -> None:
-    """Free what the variant before held, and start counting memory anew."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 if __name__ == "__main__":

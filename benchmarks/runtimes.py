@@ -23,13 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.peers import networks
 from benchmarks.peers.figures import cell, markdown
 from sceneray import bundle, runtimes
-from sceneray.bundle import Bundle
 from sceneray.config import ModelSettings
 from sceneray.data import town
-from sceneray.models.pspnet import build_model
-from sceneray.runtimes import RUNTIMES, Batch, Scorer
+from sceneray.runtimes import Batch, Scorer
 
 PEER = "eager NCHW"
 BATCHES = (1, 4)
@@ -61,7 +60,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(WIDE), choices=list(WIDE))
     parser.add_argument("--repetitions", type=int, default=9)
     args = parser.parse_args()
-    names = [name for name in RUNTIMES if name != "onnx" or args.device.type == "cpu"]
+    names = runtimes.on(args.device)
     sizes = [(int(height), int(width)) for height, width in (size.split("x") for size in args.sizes)]
     plan = Plan({name: WIDE[name] for name in args.networks}, sizes, names, args.repetitions)
     if args.quick:
@@ -78,9 +77,9 @@ def measure(plan: Plan, network: str, device: torch.device, threads: int) -> lis
     """One row for each size and batch: milliseconds per image, and seconds until the first answer, by runtime."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        _write(folder, plan.networks[network])
+        networks.write_random(folder, plan.networks[network], town.CLASSES)
         # Each has a bundle of its own: the peer changes the memory format of its network.
-        scorers = {PEER: tutorial(bundle.load(folder), device)}
+        scorers = {PEER: networks.tutorial(bundle.load(folder), device)}
         for name in plan.names:
             scorers[name] = runtimes.start(name, bundle.load(folder), device, threads)
     for height, width in plan.sizes:
@@ -95,17 +94,6 @@ def measure(plan: Plan, network: str, device: torch.device, threads: int) -> lis
                 "first_s": {name: round(seconds, 2) for name, seconds in first.items()},
             })  # fmt: skip
     return rows
-
-
-def tutorial(loaded: Bundle, device: torch.device) -> Scorer:
-    """The peer: images as contiguous NCHW, a network as PyTorch builds it, eager."""
-    net = loaded.model.to(device, memory_format=torch.contiguous_format)
-
-    @torch.inference_mode()
-    def scores(batch: Batch) -> torch.Tensor:
-        return net.scores(torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).contiguous())
-
-    return scores
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
@@ -138,13 +126,6 @@ def _seconds(scorer: Scorer, batch: Batch, device: torch.device) -> float:
     scorer(batch)
     wait()
     return time.perf_counter() - started_at
-
-
-def _write(folder: str, settings: ModelSettings) -> None:
-    """A bundle of a network with random weights: how fast it is does not depend on what it learned."""
-    torch.manual_seed(0)
-    model = build_model(settings, len(town.CLASSES), load_weights=False)
-    bundle.write(folder, model, settings, town.CLASSES, 255, {"name": "benchmark", "version": "0"})
 
 
 if __name__ == "__main__":

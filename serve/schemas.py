@@ -23,6 +23,7 @@ class ModelCard:
 
 InputRule = Literal["native", "resize", "window"]
 Mode = Literal["exact", "fast"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Rules:
     window: int | None = None  # side of a window with the rule `window`
     warm: tuple[tuple[int, int], ...] | None = None  # (height, width) to run before the first request
     runtime: str | None = None  # of sceneray.runtimes; None: what serves the bundle fastest
+    precision: Precision = "auto"  # auto: bf16 on GPUs that compute in it, else fp32
 
 
 @dataclass(frozen=True)

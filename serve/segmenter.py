@@ -68,7 +68,8 @@ class Segmenter:
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        predictor = Predictor.load(bundle, device, limits.max_cost, rules.runtime if rules else None)
+        rules = rules or Rules()
+        predictor = Predictor.load(bundle, device, limits.max_cost, rules.runtime, rules.precision)
         predictor.self_check()
         return cls(predictor, limits, rules, telemetry)
 

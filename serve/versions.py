@@ -113,8 +113,9 @@ class Versions:
     def _prepare(self, found: Committed) -> Runner:
         """The candidate, verified and warm. Slow."""
         self._check_memory(found)
+        rules = self.segmenter.rules
         predictor = Predictor.load(
-            found.url, self._device, self.segmenter.limits.max_cost, self.segmenter.rules.runtime
+            found.url, self._device, self.segmenter.limits.max_cost, rules.runtime, rules.precision
         )
         if predictor.info["digest"] != found.digest:
             raise BundleError(f"{found.url} changed while it was loaded. Promote it again under a new version.")

@@ -21,11 +21,15 @@ def images_per_second(ends: Sequence[float], skip: int, batch: int) -> float:
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     """ours / theirs within each repetition, where both met the same machine: the median, the least and the most."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median, the least and the most."""
     return {
-        "median": round(statistics.median(ratios), 3),
-        "least": round(min(ratios), 3),
-        "most": round(max(ratios), 3),
+        "median": round(statistics.median(values), 3),
+        "least": round(min(values), 3),
+        "most": round(max(values), 3),
     }
 
 

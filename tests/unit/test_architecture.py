@@ -64,7 +64,9 @@ LIBRARY = {
     "repository": {"errors", "storage"},
     "bundle": BASE | {"data", "models", "masks", "checkpoint", "environment", "repository"},
     "onnx_graph": BASE | {"models"},
-    "runtimes": BASE | {"bundle", "models", "onnx_graph"},
+    "devices": set(),
+    "cuda_graphs": set(),
+    "runtimes": BASE | {"bundle", "cuda_graphs", "devices", "models", "onnx_graph"},
     "predictor": BASE | {"data", "models", "masks", "bundle", "runtimes"},
     "promotion": BASE | {"data", "metrics", "checkpoint", "bundle", "predictor", "evaluation", "repository"},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import psutil
@@ -17,6 +18,11 @@ from sceneray.data import town
 from sceneray.errors import BundleError, ConfigError
 from sceneray.models.pspnet import build_model
 from sceneray.predictor import Predictor
+from serve.batching import Limits
+from serve.schemas import Rules
+from serve.segmenter import Segmenter
+from serve.settings import ServeArgs
+from tests.bundles import write_lively_bundle
 
 CPU = torch.device("cpu")
 SETTINGS = ModelSettings(backbone="resnet18", output_stride=16, pool_width=4, head_width=8, aux_width=4)
@@ -30,6 +36,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     net = build_model(SETTINGS, len(town.CLASSES), load_weights=False)
     bundle.write(url, net, SETTINGS, town.CLASSES, 255, {"name": "random", "version": "1"})
     return bundle.load(url)
+
+
+@pytest.fixture(scope="module")
+def lively(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle whose masks have many regions."""
+    return bundle.load(write_lively_bundle(str(tmp_path_factory.mktemp("lively"))))
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +92,44 @@ def test_the_compiler_gives_the_networks_scores(plain, batch):
         for count in (2, 1):
             images = np.stack([town.draw(seed, *size)[0] for seed in range(count)])
             torch.testing.assert_close(scores(images), expected(plain, images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_cpu_computes_in_float32_unless_told(plain, batch):
+    """`auto` is fp32 on a CPU, bit for bit, with every runtime there."""
+    for name in ("torch", "onnx"):
+        auto, told = (runtimes.start(name, plain, CPU, precision=word)(batch) for word in ("auto", "fp32"))
+        assert torch.equal(auto, told)
+    assert Predictor(plain, "cpu", precision="auto").precision == "fp32"
+
+
+def test_bfloat16_answers_nearly_the_same(lively):
+    """Forced on a CPU: other scores, in float32 for the upsampling, and at least 99 % of the golden pixels. The
+    bundle's own weights stay as they were."""
+    golden = np.stack([lively.golden])
+    exact, rounded = (Predictor(lively, "cpu", precision=word) for word in ("fp32", "bf16"))
+    assert (exact.precision, rounded.precision) == ("fp32", "bf16")
+    scores = rounded.scores(golden)
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, exact.scores(golden))
+    assert rounded.self_check() >= 0.99
+    assert exact.self_check() == 1
+    assert {weight.dtype for weight in lively.model.parameters()} == {torch.float32}
+
+
+def test_the_endpoint_offers_what_there_is():
+    """Its settings name every runtime and every precision."""
+    (runtime,) = [kind for kind in get_args(ServeArgs.model_fields["runtime"].annotation) if get_args(kind)]
+    assert set(get_args(runtime)) == set(runtimes.RUNTIMES)
+    assert get_args(ServeArgs.model_fields["precision"].annotation) == get_args(runtimes.Precision)
+    assert ServeArgs(bundle="b").rules.precision == "auto"
+    assert ServeArgs(bundle="b", precision="bf16").rules.precision == "bf16"
+
+
+def test_the_endpoints_precision_reaches_the_runtime(plain):
+    """Here it is the one that the runtime refuses."""
+    limits = Limits(max_items=1, max_cost=2**20, max_queued_cost=2**20, max_wait_s=0)
+    with pytest.raises(ConfigError, match="got precision 'bf16'"):
+        Segmenter.load(plain.url, limits, "cpu", rules=Rules(runtime="onnx", precision="bf16"))
 
 
 def test_the_bundles_own_graph_is_the_one_that_runs(plain, batch, tmp_path):
@@ -149,6 +199,12 @@ def test_what_cannot_run_is_refused_in_words(plain, monkeypatch):
         runtimes.start("torch", plain, CPU, 0)
     with pytest.raises(ConfigError, match="computes on the CPU, and the device is cuda:1"):
         runtimes.start("onnx", plain, torch.device("cuda:1"))
+    with pytest.raises(ConfigError, match=r"computes on a CUDA device, and the device is cpu\. Use torch or .*onnx\."):
+        runtimes.start("cuda_graph", plain, CPU)
+    with pytest.raises(ConfigError, match="unknown precision 'fp23': did you mean 'fp32'"):
+        runtimes.start("torch", plain, CPU, precision="fp23")
+    with pytest.raises(ConfigError, match="'onnx' computes in fp32, got precision 'bf16'"):
+        runtimes.start("onnx", plain, CPU, precision="bf16")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match=r"pip install 'sceneray\[onnx\]'"):
         runtimes.start("onnx", plain, CPU)

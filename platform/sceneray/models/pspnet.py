@@ -111,7 +111,8 @@ class PSPNet(nn.Module):
     @torch.inference_mode()
     def predict(self, images: Tensor) -> Tensor:
         """Class ids uint8 [B, H, W] of images as `forward` takes them, computed on their device; in evaluation mode."""
-        ids: Tensor = upscale(self.scores(images), images.shape[-2:]).argmax(dim=1)
+        # The same ids as argmax, which is several times slower on a CPU.
+        ids: Tensor = upscale(self.scores(images), images.shape[-2:]).max(dim=1).indices
         return ids.to(torch.uint8)
 
     def backbone_parameters(self) -> list[nn.Parameter]:
