@@ -11,7 +11,7 @@
 import asyncio
 import logging
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -33,7 +33,11 @@ from serve.ray_telemetry import RayTelemetry
 from serve.scaling import QueuedPixels
 from serve.schemas import Ask, Rules, Segmented
 from serve.settings import ServeArgs
+from serve.shape_router import by_shape
 from serve.telemetry import replica_state
+
+if TYPE_CHECKING:
+    from serve.versions import Versions  # torch: not in the ingress, not in the driver
 
 # The ingress decodes and encodes; it asks for little so that it fits beside the model on a small machine.
 INGRESS_CPUS = 0.25
@@ -44,9 +48,8 @@ ATTEMPTS = 3  # replicas that may be lost over one image before it is given up
 log = logging.getLogger("sceneray.serve")
 
 
-@serve.deployment(name="Segmenter")
-class SegmenterReplica:
-    """A model replica."""
+class ModelReplica:
+    """What every replica with a model does for Serve."""
 
     def __init__(
         self, bundle: str, limits: Limits, device: str | None, threads: int | None, rules: Rules, follow_s: float
@@ -99,6 +102,37 @@ class SegmenterReplica:
             await asyncio.sleep(TELL_S)
 
 
+@serve.deployment(name="Segmenter")
+class SegmenterReplica(ModelReplica):
+    """A model replica that the ingress asks."""
+
+
+@serve.deployment(name="Segmenter")
+@serve.ingress()
+class WholeReplica(ModelReplica):
+    """A model replica with HTTP routes of its own: no other process between a request and the model."""
+
+    def __init__(
+        self,
+        bundle: str,
+        limits: Limits,
+        device: str | None,
+        threads: int | None,
+        rules: Rules,
+        follow_s: float,
+        settings: ApiSettings,
+        replicas: int,
+    ) -> None:
+        super().__init__(bundle, limits, device, threads, rules, follow_s)
+        self._settings = settings
+        self._quotas = shared_quotas(replicas)
+        if settings.access_log:
+            access_log.to_stdout()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(OwnModel(self._versions), self._settings, self._quotas, self._telemetry)
+
+
 @serve.deployment(name="Ingress", ray_actor_options={"num_cpus": INGRESS_CPUS})
 @serve.ingress()
 class Ingress:
@@ -116,11 +150,29 @@ class Ingress:
         return create_app(self._backend, self._settings, self._quotas, self._telemetry)
 
 
+class OwnModel:
+    """The model of this process as the routes' backend (api.Backend)."""
+
+    def __init__(self, versions: "Versions") -> None:
+        self._versions = versions
+
+    async def segment(self, image: Photo, ask: Ask) -> Segmented:
+        """The mask of `image`, by the version that answers now. Raises what Segmenter.segment does."""
+        return await self._versions.segmenter.segment(image, ask)
+
+    async def describe(self) -> dict[str, Any]:
+        """bundle.json and the bundle's digest."""
+        return await self._versions.describe()
+
+
 class HandleBackend:
     """The model replicas as the routes' backend (api.Backend)."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+        # Images and masks straight from process to process (gRPC), not by way of the object store.
+        self._handle = handle.options(
+            _by_reference=False, request_serialization="pickle", response_serialization="pickle"
+        )
 
     async def segment(self, image: Photo, ask: Ask) -> Segmented:
         """The mask of `image`. Raises what the replica answered in place of one, Overloaded, or Refused (503)."""
@@ -156,20 +208,9 @@ class HandleBackend:
 def build(args: ServeArgs) -> Application:
     """The application that serves `args.bundle`."""
     most = args.max_replicas or args.replicas
-    segmenter = SegmenterReplica.options(  # type: ignore[attr-defined]
-        **_scale(args),
-        ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
-        max_ongoing_requests=args.ongoing,
-        max_queued_requests=args.ongoing * most,
-        user_config={},  # any at all, or Serve would not call `reconfigure`
-        # Above the time in which a stuck model is noticed by `check_health` itself.
-        health_check_timeout_s=HEALTH_TIMEOUT_S,
-        # A bundle that cannot be loaded is not loaded by the twentieth try (Serve's default) either.
-        max_constructor_retry_count=2,
-    ).bind(storage.absolute(args.bundle), args.batching, args.device, args.threads, args.rules, args.follow_s)
     settings = ApiSettings(
         uploads=args.uploads,
-        max_pixels_in_work=args.max_queued_pixels * most,
+        max_pixels_in_work=args.max_queued_pixels * (1 if args.together else most),
         key_digests=args.api_keys,
         keys_file=None if args.api_keys_file is None else storage.absolute(args.api_keys_file),
         deadline_s=args.deadline_s,
@@ -177,13 +218,41 @@ def build(args: ServeArgs) -> Application:
         access_log=args.access_log,
         proxied=True,
     )
-    ongoing = 2 * args.ongoing * most
-    return Ingress.options(  # type: ignore[attr-defined]
-        num_replicas=args.ingress_replicas,
-        max_ongoing_requests=ongoing,
-        max_queued_requests=ongoing,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-    ).bind(segmenter, settings, args.ingress_replicas)
+    model = (storage.absolute(args.bundle), args.batching, args.device, args.threads, args.rules, args.follow_s)
+    if args.together:
+        whole = WholeReplica.options(**_model_options(args), **_http_options(2 * args.ongoing))  # type: ignore[attr-defined]
+        return whole.bind(*model, settings, most)
+    segmenter = SegmenterReplica.options(  # type: ignore[attr-defined]
+        **_model_options(args),
+        **by_shape(args),
+        max_ongoing_requests=args.ongoing,
+        max_queued_requests=args.ongoing * most,
+    ).bind(*model)
+    ingress = Ingress.options(  # type: ignore[attr-defined]
+        num_replicas=args.ingress_replicas, **_http_options(2 * args.ongoing * most)
+    )
+    return ingress.bind(segmenter, settings, args.ingress_replicas)
+
+
+def _model_options(args: ServeArgs) -> dict[str, Any]:
+    return {
+        **_scale(args),
+        "ray_actor_options": {"num_cpus": args.cpus, "num_gpus": args.gpus},
+        "user_config": {},  # any at all, or Serve would not call `reconfigure`
+        # Above the time in which a stuck model is noticed by `check_health` itself.
+        "health_check_timeout_s": HEALTH_TIMEOUT_S,
+        # A bundle that cannot be loaded is not loaded by the twentieth try (Serve's default) either.
+        "max_constructor_retry_count": 2,
+    }
+
+
+def _http_options(ongoing: int) -> dict[str, Any]:
+    """Every body is seen at once, so that it is us who refuse it, in the order of admission."""
+    return {
+        "max_ongoing_requests": ongoing,
+        "max_queued_requests": ongoing,
+        "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
+    }
 
 
 def _scale(args: ServeArgs) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def guard_of(keys: KeyWatch) -> list[Any]:
     It checks again what the Gatekeeper did: a route that were matched in another way is refused, not opened.
     """
 
-    def check(
+    async def check(  # async: FastAPI would run it in a thread
         request: Request,
         _bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
         _header: Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))],

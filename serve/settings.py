@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from serve.admission import UploadLimits
 from serve.batching import Limits
-from serve.schemas import InputRule, Mode, Rules
+from serve.schemas import InputRule, Mode, Precision, Rules
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -35,6 +35,9 @@ class ServeArgs(BaseModel):
         600.0, ge=0, description="with replicas=0: seconds without a request before the last one ends"
     )
     ingress_replicas: Positive = Field(1, description="HTTP replicas: decoding and encoding")
+    together: bool = Field(
+        False, description="HTTP routes in the model replicas: less work a request, and no ingress to scale apart"
+    )
     cpus: float = Field(1.0, ge=0, description="CPUs that a model replica asks of the cluster")
     gpus: float = Field(0.0, ge=0, description="GPUs that a model replica asks of the cluster")
     threads: int | None = Field(None, ge=1, description="CPU threads of a forward pass; default: as many as cpus")
@@ -48,9 +51,10 @@ class ServeArgs(BaseModel):
     warm: tuple[tuple[int, int], ...] | None = Field(
         None, description="shapes to run before the first request, as HxW,HxW; default: as the bundle says"
     )
-    runtime: Literal["torch", "compile", "onnx"] | None = Field(
+    runtime: Literal["torch", "compile", "cuda_graph", "onnx"] | None = Field(
         None, description="what computes; default: onnx on a CPU for a bundle that has a graph, else torch"
     )
+    precision: Precision = Field("auto", description="in what it computes; auto: bf16 on GPUs that have it, else fp32")
     follow_s: float = Field(10.0, gt=0, description="how often a replica looks where bundle=REPO/MODEL@champion leads")
     batch_wait_ms: float = Field(5.0, ge=0, description="the longest a first image waits for others of its shape")
     concurrent_batches: Positive = Field(1, description="forward passes at a time in one replica")
@@ -118,6 +122,11 @@ class ServeArgs(BaseModel):
             raise ValueError(
                 "replicas=0 lets the model end while nobody asks: say with max_replicas how many may start"
             )
+        if self.together and (self.ingress_replicas > 1 or self.replicas == 0):
+            raise ValueError(
+                "together=true puts the HTTP routes into the model replicas: leave ingress_replicas at 1 and keep at "
+                f"least one of replicas, got {self.ingress_replicas} and {self.replicas}"
+            )
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas ({self.max_replicas}) must be at least replicas ({self.replicas})")
         return self
@@ -137,7 +146,16 @@ class ServeArgs(BaseModel):
     @property
     def rules(self) -> Rules:
         """How the model is run."""
-        return Rules(self.mode, self.exact_batch, self.input, self.long_side, self.window, self.warm, self.runtime)
+        return Rules(
+            self.mode,
+            self.exact_batch,
+            self.input,
+            self.long_side,
+            self.window,
+            self.warm,
+            self.runtime,
+            self.precision,
+        )
 
     @property
     def uploads(self) -> UploadLimits:

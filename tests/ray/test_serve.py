@@ -41,13 +41,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_bundle(str(tmp_path_factory.mktemp("serve") / "bundle"))
 
 
-@pytest.fixture(scope="module")
-def endpoint(bundle: str) -> Iterator[httpx.Client]:
-    """A client of a running endpoint that wants a key, and waits half a second for a batch to fill."""
+@pytest.fixture(scope="module", params=[False, True], ids=["apart", "together"])
+def endpoint(bundle: str, request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+    """A client of a running endpoint that wants a key, and waits half a second for a batch to fill; with its HTTP
+    routes apart from the model and in one process with it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCENERAY_API_KEY", KEY)
         with (
-            serving(bundle, max_batch_size=4, exact_batch=4, batch_wait_ms=500) as url,
+            serving(bundle, together=request.param, max_batch_size=4, exact_batch=4, batch_wait_ms=500) as url,
             httpx.Client(base_url=url, timeout=60, headers={"X-API-Key": KEY}) as client,
         ):
             yield client

@@ -113,9 +113,10 @@ def wait_for_replicas(deployment: str, count: int, but: int | None = None) -> No
 
 
 @contextlib.contextmanager
-def endpoint(url: str, count: int) -> Iterator[str]:
-    """An endpoint with `count` model replicas and two ingress replicas."""
-    with serving(url, replicas=count, ingress_replicas=2, cpus=0.25, threads=1, follow_s=1, access_log=False) as base:
+def endpoint(url: str, count: int, together: bool = False) -> Iterator[str]:
+    """An endpoint with `count` model replicas, and two ingress replicas or none."""
+    http = {"together": True} if together else {"ingress_replicas": 2}
+    with serving(url, replicas=count, cpus=0.25, threads=1, follow_s=1, access_log=False, **http) as base:
         yield base
 
 
@@ -144,8 +145,24 @@ def test_a_killed_replica_costs_at_most_what_it_was_working_on(tmp_path: Path, c
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slice), 3])
-def test_a_model_is_changed_back_and_refused_under_load(tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slice)])
+def test_a_killed_process_of_both_costs_at_most_what_it_was_working_on(tmp_path: Path, count: int) -> None:
+    """With HTTP and model in one process kill -9 loses at most what was in flight there, and it is answered."""
+    with endpoint(write_bundle(str(tmp_path / "bundle")), count, together=True) as url, Load(url) as load:
+        victim = replicas("Segmenter")[0]
+        os.kill(victim.pid, signal.SIGKILL)
+        wait_for_replicas("Segmenter", count, but=victim.pid)
+        load.wait_for(40)
+    print(f"\n{count} together: lost {load.failed} beside {load.statuses['200']}; longest {load.longest_s:.1f} s")
+    assert load.wrong == 0
+    assert sum(load.failed.values()) <= CALLERS
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(
+    ("count", "together"), [pytest.param(1, False, marks=pytest.mark.slice), (3, False), (1, True)]
+)
+def test_a_model_is_changed_back_and_refused_under_load(tmp_path: Path, count: int, together: bool) -> None:
     """Promote, rollback and a promote of a damaged bundle: every request is answered rightly, by a version that was
     champion; the damaged one answers nothing, and /v1/model says that it was refused."""
     repo = str(tmp_path / "repo")
@@ -157,7 +174,7 @@ def test_a_model_is_changed_back_and_refused_under_load(tmp_path: Path, count: i
         return added.url
 
     promote("1")
-    with endpoint(f"{repo}/brightness@champion", count) as url, Load(url) as load:
+    with endpoint(f"{repo}/brightness@champion", count, together) as url, Load(url) as load:
         promote("2")
         load.wait_for_version("2")
         repository.rollback(repo, "brightness")
@@ -170,7 +187,7 @@ def test_a_model_is_changed_back_and_refused_under_load(tmp_path: Path, count: i
             time.sleep(POLL_S)
             candidate = httpx.get(f"{url}/v1/model").json()["candidate"]
         load.wait_for(20)
-    print(f"\n{count} replicas: {load.statuses['200']} answers, {dict(load.versions)}, failed {load.failed}, longest "
+    print(f"\n{count} replicas, together {together}: {load.statuses['200']} answers, {dict(load.versions)}, failed {load.failed}, longest "
           f"{load.longest_s:.1f} s")  # fmt: skip
     assert candidate["state"] == "refused"
     assert load.failed == {}

@@ -116,6 +116,8 @@ def test_a_damaged_bundle(tmp_path: Path) -> None:
         ({"replicas": "many"}, "replicas"),
         ({"max_queued_pixels": 100}, "at least max_pixels"),
         ({"replicas": 3, "max_replicas": 2}, "at least replicas"),
+        ({"together": True, "ingress_replicas": 2}, "leave ingress_replicas at 1"),
+        ({"together": True, "replicas": 0, "max_replicas": 2}, "keep at least one of replicas"),
         ({"api_keys": "not-a-digest"}, "sha256"),
         ({"require_keys": True}, "sceneray keys new"),
         ({"api_keys_file": "no/such/keys.json"}, "no key file"),
