@@ -74,7 +74,7 @@ def serving(
     ConfigError for a wrong option or key file; all before Ray starts, but for a model that fails on its device.
     """
     from sceneray import bundle as bundles
-    from sceneray.devices import cpu_threads, usable_cores
+    from sceneray.devices import usable_cores
 
     args = _serve_args(bundle, options | _own_key(options))
     _check_door(args, host, insecure)
@@ -82,7 +82,9 @@ def serving(
     bundles.verify(args.bundle)
     if address is None and not os.environ.get("RAY_ADDRESS"):
         # A private Ray: the machine is ours, and Ray would give each replica one thread.
-        args = args.model_copy(update={"threads": cpu_threads(args.threads, args.max_replicas or args.replicas)})
+        args = args.model_copy(update=cpu_share(args))
+        # glibc keeps a heap for every few threads; with as many threads as Ray has, each grows to the largest images.
+        os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     needed = math.ceil((args.max_replicas or args.replicas) * args.cpus + args.ingress_replicas)
     with contextlib.ExitStack() as stack, ray_session(address, cpus=max(needed, usable_cores())):
         _refuse_running()
@@ -93,6 +95,20 @@ def serving(
             # Until Ray has ended: it prints on stdout that Serve's controller, told to end, has ended.
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             _stop()
+
+
+def cpu_share(args: ServeArgs) -> dict[str, int]:
+    """Threads of a pass and passes at a time, as far as they were not given, where all cores are the replicas'.
+
+    Two passes on half the cores each: threads of one pass wait for each other whenever the system takes one's core
+    away, and HTTP beside them takes it often. Measured in docs/benchmarks.md.
+    """
+    from sceneray.devices import cpu_threads
+
+    cores = cpu_threads(args.threads, args.max_replicas or args.replicas)
+    if args.gpus or cores < 2 or args.model_fields_set & {"threads", "concurrent_batches"}:
+        return {"threads": cores}
+    return {"threads": cores // 2, "concurrent_batches": 2}
 
 
 def _serve_args(bundle: str, options: dict[str, Any]) -> ServeArgs:

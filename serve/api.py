@@ -50,7 +50,7 @@ def create_app(
     )
     # The last one added is the outermost.
     app.add_middleware(Gatekeeper, routes=app.router.routes, guard=site.guard, keys=keys, quotas=site.quotas)
-    context = ContextSettings(settings.deadline_s, settings.proxied, settings.access_log)
+    context = ContextSettings(settings.deadline_s, settings.max_bytes_in_work, settings.proxied, settings.access_log)
     app.add_middleware(RequestContext, settings=context, telemetry=telemetry)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origins), **CORS)

@@ -44,6 +44,16 @@ INGRESS_CPUS = 0.25
 HEALTH_TIMEOUT_S = 90.0
 # Ray drops a gauge that was not set for about 15 s.
 TELL_S = 5.0
+# Requests that Serve lets into a replica. There are never so many: our own bounds on bytes, pixels and seconds decide
+# who waits and who is refused. At Serve's bound requests would wait in its proxy, which reads their bodies without any,
+# and its router, which asks full replicas now and again, let four requests a second through (measured).
+ONGOING = 5000
+QUEUED = 200  # requests that wait while no replica is there
+HTTP = {
+    "max_ongoing_requests": ONGOING,
+    "max_queued_requests": QUEUED,
+    "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
+}
 ATTEMPTS = 3  # replicas that may be lost over one image before it is given up
 log = logging.getLogger("sceneray.serve")
 
@@ -211,6 +221,7 @@ def build(args: ServeArgs) -> Application:
     settings = ApiSettings(
         uploads=args.uploads,
         max_pixels_in_work=args.max_queued_pixels * (1 if args.together else most),
+        max_bytes_in_work=args.max_bytes_in_work,
         key_digests=args.api_keys,
         keys_file=None if args.api_keys_file is None else storage.absolute(args.api_keys_file),
         deadline_s=args.deadline_s,
@@ -220,16 +231,16 @@ def build(args: ServeArgs) -> Application:
     )
     model = (storage.absolute(args.bundle), args.batching, args.device, args.threads, args.rules, args.follow_s)
     if args.together:
-        whole = WholeReplica.options(**_model_options(args), **_http_options(2 * args.ongoing))  # type: ignore[attr-defined]
+        whole = WholeReplica.options(**_model_options(args), **HTTP)  # type: ignore[attr-defined]
         return whole.bind(*model, settings, most)
     segmenter = SegmenterReplica.options(  # type: ignore[attr-defined]
         **_model_options(args),
         **by_shape(args),
-        max_ongoing_requests=args.ongoing,
-        max_queued_requests=args.ongoing * most,
+        max_ongoing_requests=ONGOING,
+        max_queued_requests=QUEUED,
     ).bind(*model)
     ingress = Ingress.options(  # type: ignore[attr-defined]
-        num_replicas=args.ingress_replicas, **_http_options(2 * args.ongoing * most)
+        num_replicas=args.ingress_replicas, **HTTP
     )
     return ingress.bind(segmenter, settings, args.ingress_replicas)
 
@@ -243,15 +254,6 @@ def _model_options(args: ServeArgs) -> dict[str, Any]:
         "health_check_timeout_s": HEALTH_TIMEOUT_S,
         # A bundle that cannot be loaded is not loaded by the twentieth try (Serve's default) either.
         "max_constructor_retry_count": 2,
-    }
-
-
-def _http_options(ongoing: int) -> dict[str, Any]:
-    """Every body is seen at once, so that it is us who refuse it, in the order of admission."""
-    return {
-        "max_ongoing_requests": ongoing,
-        "max_queued_requests": ongoing,
-        "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
     }
 
 

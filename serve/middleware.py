@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve import access_log
-from serve.admission import Refused
+from serve.admission import BodyGate, Refused
 from serve.routes.errors import answer, broken
 from serve.telemetry import Silent, Telemetry, request_ended
 from serve.visit import Visit, clean_request_id, enter
@@ -38,9 +38,11 @@ PAGE_POLICY = (
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """`deadline_s`: the longest a request may take. `proxied`: a proxy of Serve names requests and echoes the name."""
+    """`deadline_s`: the longest a request may take. `max_bytes`: of all bodies at a time. `proxied`: a proxy of Serve
+    names requests and echoes the name."""
 
     deadline_s: float | None = None
+    max_bytes: int = 256 * 2**20
     proxied: bool = False
     access_log: bool = True
 
@@ -56,6 +58,7 @@ class RequestContext:
         self._app = app
         self._settings = settings
         self._telemetry = telemetry or Silent()
+        self._gate = BodyGate(settings.max_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -68,7 +71,8 @@ class RequestContext:
         enter(visit)
         scope.setdefault("state", {}).update(visit=visit, request_id=visit.request_id, times=visit.times)
         echoed = self._settings.proxied and bool(given)
-        exchange = _Exchange(visit, receive, send, {} if echoed else {"x-request-id": visit.request_id})
+        names = {} if echoed else {"x-request-id": visit.request_id}
+        exchange = _Exchange(visit, receive, send, names, self._gate)
         exchange.expects(headers)
         try:
             seconds = timeout_of(headers, self._settings.deadline_s)
@@ -84,6 +88,7 @@ class RequestContext:
                 raise
             await answer(visit, broken())(scope, exchange.receive, exchange.send)
         finally:
+            self._gate.give(exchange.held)
             self._log(scope, exchange)
 
     async def _within(self, seconds: float | None, scope: Scope, exchange: _Exchange) -> None:
@@ -117,8 +122,10 @@ class RequestContext:
 class _Exchange:
     """One request's `receive` and `send`: counted, named, and listening for the caller to hang up."""
 
-    def __init__(self, visit: Visit, receive: Receive, send: Send, names: Mapping[str, str]) -> None:
+    def __init__(self, visit: Visit, receive: Receive, send: Send, names: Mapping[str, str], gate: BodyGate) -> None:
         self.visit = visit
+        self.held = 0  # bytes taken from the gate
+        self._gate = gate
         self.status: int | None = None
         self.headers: Mapping[str, str] = {}
         self.gone = False
@@ -163,6 +170,8 @@ class _Exchange:
         size = len(message.get("body", b""))
         self.visit.bytes_in += size
         self._to_come -= size
+        self._gate.take(size)
+        self.held += size
         if message["type"] == "http.disconnect":
             self.gone = True
         elif not message.get("more_body", False):

@@ -61,6 +61,9 @@ class ServeArgs(BaseModel):
     max_queued_pixels: Positive = Field(64 * 2**20, description="pixels that may wait in one replica; above: 429")
     max_queue_s: float = Field(10.0, gt=0, description="what waits in a replica may take so long; above: 429")
     max_bytes: Positive = Field(20 * 2**20, description="largest request body")
+    max_bytes_in_work: Positive = Field(
+        256 * 2**20, description="request bodies that one HTTP process holds, in bytes; above: 429"
+    )
     max_pixels: Positive = Field(16 * 2**20, description="largest image, in pixels")
     max_side: Positive = Field(8192, description="largest height or width of an image")
     deadline_s: float = Field(60.0, gt=0, le=3600, description="the longest a request may take; then: 504")
@@ -118,6 +121,11 @@ class ServeArgs(BaseModel):
                 f"max_queued_pixels ({self.max_queued_pixels}) must be at least max_pixels ({self.max_pixels}), or the "
                 "largest image could never be queued"
             )
+        if self.max_bytes_in_work < self.max_bytes:
+            raise ValueError(
+                f"max_bytes_in_work ({self.max_bytes_in_work}) must be at least max_bytes ({self.max_bytes}), or the "
+                "largest body could never be read"
+            )
         if self.max_replicas is None and self.replicas == 0:
             raise ValueError(
                 "replicas=0 lets the model end while nobody asks: say with max_replicas how many may start"
@@ -161,8 +169,3 @@ class ServeArgs(BaseModel):
     def uploads(self) -> UploadLimits:
         """What one upload may be."""
         return UploadLimits(self.max_bytes, self.max_pixels, self.max_side)
-
-    @property
-    def ongoing(self) -> int:
-        """Requests in one model replica: more than its queue should hold, for that is what decides who is refused."""
-        return max(100, 4 * self.max_batch_size * self.concurrent_batches)

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 from sceneray.masks import Photo
 from serve import visit
 from serve.admission import PixelGate, UploadLimits, check_header, decode
+from serve.batching import Overloaded
 from serve.guard import check_quota
 from serve.quotas import LocalQuotas, Quotas
+from serve.refusals import Refusals
 from serve.schemas import Answered, Ask, Segmented
 
 Times = dict[str, float]  # seconds by stage of one request, in the order of the stages
@@ -40,6 +42,7 @@ class ApiSettings:
 
     uploads: UploadLimits = field(default_factory=UploadLimits)
     max_pixels_in_work: int = 4 * 4096 * 4096
+    max_bytes_in_work: int = 256 * 2**20
     key_digests: Sequence[str] = ()
     keys_file: str | None = None
     deadline_s: float | None = None
@@ -49,16 +52,24 @@ class ApiSettings:
 
 
 class _Timely:
-    """A backend that is told when nobody waits for the answer any more: the request's own deadline."""
+    """A backend that is told when nobody waits for the answer any more, and whose refusals are remembered."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, refusals: Refusals) -> None:
         self._backend = backend
+        self._refusals = refusals
 
     async def segment(self, image: Photo, ask: Ask) -> Segmented:
         """As Backend.segment, with the earlier of the caller's deadline and the request's."""
         here = visit.current()
         times = [at for at in (ask.deadline, here.deadline if here else None) if at is not None]
-        return await self._backend.segment(image, replace(ask, deadline=min(times, default=None)))
+        pixels = image.shape[0] * image.shape[1]
+        try:
+            answer = await self._backend.segment(image, replace(ask, deadline=min(times, default=None)))
+        except Overloaded as error:
+            self._refusals.refused(pixels, error)
+            raise
+        self._refusals.answered(pixels)
+        return answer
 
     async def describe(self) -> dict[str, Any]:
         """As Backend.describe."""
@@ -72,7 +83,8 @@ class Site:
         self, backend: Backend, settings: ApiSettings, guard: Sequence[Any], quotas: Quotas | None = None
     ) -> None:
         """`guard`: FastAPI dependencies of the routes that ask for a key. `quotas`: how much a key may ask for."""
-        self.backend: Backend = _Timely(backend)
+        self.refusals = Refusals()
+        self.backend: Backend = _Timely(backend, self.refusals)
         self.quotas = quotas or LocalQuotas()
         self.settings = settings
         self.guard = list(guard)
@@ -89,6 +101,7 @@ class Site:
             here.pixels += pixels
             if here.key is not None:
                 await check_quota(self.quotas, here.key, pixels=pixels)
+        self.refusals.check(pixels)
         with self.gate.admit(pixels):
             yield
 

@@ -1,6 +1,6 @@
-"""Peer: LitServe, its own worker process for the model, decoding and encoding in its hooks.
+"""Peer: LitServe, its own worker processes for the model, decoding and encoding in its hooks.
 
-python -m benchmarks.endpoints.lit BUNDLE PORT THREADS
+python -m benchmarks.endpoints.lit BUNDLE PORT THREADS PASSES
 """
 
 # No `from __future__ import annotations` here: LitServe reads the annotation of `decode_request` as it stands.
@@ -42,6 +42,6 @@ class Segment(litserve.LitAPI):
 
 if __name__ == "__main__":
     api = Segment(sys.argv[1], int(sys.argv[3]))
-    litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=120).run(
+    litserve.LitServer(api, accelerator="cpu", workers_per_device=int(sys.argv[4]), timeout=120).run(
         port=int(sys.argv[2]), host="127.0.0.1", generate_client_file=False, log_level="warning"
     )

@@ -1,6 +1,6 @@
-"""Peer: FastAPI and uvicorn, the model in a thread of its own, decoding and encoding in a pool.
+"""Peer: FastAPI and uvicorn, the model in threads of its own, decoding and encoding in a pool.
 
-python -m benchmarks.endpoints.plain BUNDLE PORT THREADS
+python -m benchmarks.endpoints.plain BUNDLE PORT THREADS PASSES
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from fastapi import FastAPI, Response, UploadFile
 from benchmarks.endpoints.work import Work
 
 
-def create_app(bundle: str, threads: int) -> FastAPI:
+def create_app(bundle: str, threads: int, passes: int) -> FastAPI:
     """The app: nothing but the work. No limits, keys or checks, which cost the other side time."""
     work = Work(bundle, threads)
-    model = ThreadPoolExecutor(1)
+    model = ThreadPoolExecutor(passes)
     codecs = ThreadPoolExecutor(2)
     app = FastAPI()
 
@@ -37,4 +37,5 @@ def create_app(bundle: str, threads: int) -> FastAPI:
 
 
 if __name__ == "__main__":
-    uvicorn.run(create_app(sys.argv[1], int(sys.argv[3])), port=int(sys.argv[2]), log_level="warning")
+    served = create_app(sys.argv[1], int(sys.argv[3]), int(sys.argv[4]))
+    uvicorn.run(served, port=int(sys.argv[2]), log_level="warning")

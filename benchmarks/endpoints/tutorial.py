@@ -1,6 +1,8 @@
 """Peer: the server that a tutorial writes: the model as it was trained (NCHW), one request at a time in one thread.
 
-python -m benchmarks.endpoints.tutorial BUNDLE PORT THREADS
+python -m benchmarks.endpoints.tutorial BUNDLE PORT THREADS PASSES
+
+It has one pass at a time whatever PASSES says, with as many threads as all passes of the others have together.
 """
 
 from __future__ import annotations
@@ -41,4 +43,5 @@ def create_app(bundle: str, threads: int) -> FastAPI:
 
 
 if __name__ == "__main__":
-    uvicorn.run(create_app(sys.argv[1], int(sys.argv[3])), port=int(sys.argv[2]), log_level="warning")
+    served = create_app(sys.argv[1], int(sys.argv[3]) * int(sys.argv[4]))
+    uvicorn.run(served, port=int(sys.argv[2]), log_level="warning")

@@ -187,8 +187,8 @@ def test_a_model_is_changed_back_and_refused_under_load(tmp_path: Path, count: i
             time.sleep(POLL_S)
             candidate = httpx.get(f"{url}/v1/model").json()["candidate"]
         load.wait_for(20)
-    print(f"\n{count} replicas, together {together}: {load.statuses['200']} answers, {dict(load.versions)}, failed {load.failed}, longest "
-          f"{load.longest_s:.1f} s")  # fmt: skip
+    print(f"\n{count} replicas, together {together}: {load.statuses['200']} answers, {dict(load.versions)}, failed "
+          f"{load.failed}, longest {load.longest_s:.1f} s")  # fmt: skip
     assert candidate["state"] == "refused"
     assert load.failed == {}
     assert load.wrong == 0

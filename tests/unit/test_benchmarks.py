@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import gpu_train, train
+from benchmarks import gpu_serve, gpu_train, train
 from benchmarks.peers import figures, loops, setting
 from benchmarks.peers.daemons import DaemonWatch, group_of
 from benchmarks.peers.loops import ReferenceNet, ReferenceSamples
@@ -226,19 +226,68 @@ def test_a_variant_without_memory_is_a_row():
 WITHOUT_RAY = """
 import runpy, sys
 sys.modules["ray"] = None  # importing it fails, as where it is not installed
-sys.argv = ["gpu_train", "--device", "cpu", "--quick", "--json"]
-runpy.run_module("benchmarks.gpu_train", run_name="__main__")
+name = sys.argv[1]
+sys.argv = [name, "--device", "cpu", "--quick", "--json"]
+runpy.run_module(f"benchmarks.{name}", run_name="__main__")
 """
+
+
+def run_without_ray(name):
+    """What the GPU benchmark `name` prints on a CPU as its only line."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY, name], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    return json.loads(line)
+
+
+def test_the_serving_cores_benchmark_runs_on_a_cpu_and_without_ray():
+    """`gpu_serve --device cpu --quick` prints one JSON line: the peer and ours at each batch size, the limit of both
+    and what was served of ours, in whole batches."""
+    found = run_without_ray("gpu_serve")
+    rows = {(row["batch"], row["variant"]): row for row in found["rows"]}
+    assert set(rows) == {(batch, name) for batch in gpu_serve.QUICK.batches for name in (gpu_serve.PEER, "torch")}
+    for (batch, name), row in rows.items():
+        assert row["limit_images_per_s"]["least"] > 0
+        assert row["share_of_matmul_peak"] > 0
+        if name == "torch":
+            assert row["images_a_pass"] == batch
+            assert row["served_images_per_s"]["most"] >= row["served_images_per_s"]["median"] > 0
+            assert row["p99_ms"] >= row["p50_ms"] > 0
+    assert found["precision"] == {"torch": "fp32"}
+    assert found["gflop_per_image"] > 0.1
+
+
+def test_a_cell_without_memory_is_a_row_and_is_not_tried_again():
+    """PyTorch's error, and a batch that the serving core halved, both end the cell; the peer's end takes only the
+    ratios to it."""
+    calls = []
+
+    def full(cell):
+        calls.append(cell)
+        raise torch.OutOfMemoryError("full")
+
+    def halved(cell):
+        cell.telemetry.record("sceneray_out_of_memory", 1)
+
+    peer, ours, fits = (gpu_serve.Cell(lambda: None) for _ in range(3))
+    gpu_serve.unless_full(peer, full)
+    gpu_serve.unless_full(peer, full)
+    gpu_serve.unless_full(ours, halved)
+    assert calls == [peer]
+    assert gpu_serve.row_of(peer, peer) == gpu_serve.row_of(ours, peer) == {"error": "out of memory"}
+    fits.limits.append(50.0)
+    assert gpu_serve.row_of(fits, peer) == {"limit_images_per_s": {"median": 50.0, "least": 50.0, "most": 50.0}}
+    rows = [{"batch": 16, "variant": "torch", "error": "out of memory"}]
+    about = {"device": "a GPU", "torch": "2", "height": 512, "width": 1024, "gflop_per_image": 700.0}
+    about |= {"matmul_tflop_per_s": 700.0, "concurrent_batches": 1, "precision": {"torch": "bf16"}, "rows": rows}
+    assert "| 16    | torch, bf16 | out of memory   | –" in gpu_serve.report(about)
 
 
 def test_the_gpu_benchmark_runs_on_a_cpu_and_without_ray():
     """`gpu_train --device cpu --quick` prints one JSON line with every variant that a CPU can run."""
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_RAY], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
-    found = json.loads(line)
+    found = run_without_ray("gpu_train")
     assert set(found["variants"]) == {"sceneray", "reference, fp32", "sceneray, again"}
     assert all(variant["images_per_s"] > 0 for variant in found["variants"].values())
     assert found["gflop_per_image"] > 1

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from starlette.requests import Request
 
-from serve.admission import PixelGate, Refused, UploadLimits, check_header, decode, read_upload
+from serve.admission import BodyGate, PixelGate, Refused, UploadLimits, check_header, decode, read_upload
 from serve.batching import Overloaded
 from serve.image_header import webp_size
 from tests.unit.serve.uploads import encoded, png_header
@@ -220,6 +220,18 @@ def test_a_refusal_survives_the_way_from_a_replica() -> None:
     copied = copy.copy(refused)
     assert (copied.status, copied.error_type, str(copied)) == (413, "image_too_large", "rule, came, fix")
     assert (copied.headers, copied.detail) == ({"Retry-After": "2"}, {"max_side": 8})
+
+
+def test_the_gate_of_bodies_counts_bytes_in_and_out() -> None:
+    """Past the bound no byte enters, what was refused takes no room, and what is given back makes some."""
+    gate = BodyGate(100)
+    gate.take(60)
+    gate.take(40)
+    with pytest.raises(Overloaded, match="uploads"):
+        gate.take(1)
+    gate.give(60)
+    gate.take(60)
+    assert gate.inside == 100
 
 
 def test_the_gate_counts_pixels_in_and_out() -> None:

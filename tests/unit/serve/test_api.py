@@ -270,6 +270,15 @@ def test_pixels_in_work_are_bounded(segmenter: Segmenter) -> None:
         assert_error(post(client), 429, "overloaded")
 
 
+def test_bodies_in_work_are_bounded(segmenter: Segmenter) -> None:
+    """A body that does not fit beside those in work is refused while it is read, and leaves no trace in the bound."""
+    size = len(JPEG)
+    with Client(create_app(segmenter, ApiSettings(UPLOADS, max_bytes_in_work=size - 1))) as client:
+        assert_error(post(client), 429, "overloaded")
+    with Client(create_app(segmenter, ApiSettings(UPLOADS, max_bytes_in_work=2 * size))) as client:
+        assert [post(client).status_code for _ in range(3)] == [200] * 3
+
+
 def test_keys_guard_the_model_and_not_its_health(segmenter: Segmenter) -> None:
     """With a key set, routes want it as a bearer or in X-API-Key; health and documentation stay open."""
     digest = hashlib.sha256(b"open sesame").hexdigest()

@@ -1,0 +1,67 @@
+"""In a flood most images are refused by their headers, without being decoded and without asking the model. Pure."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+
+from serve.batching import Overloaded
+
+# So many refusals by the model within a second are a flood; it is over when the model has refused nothing for so long.
+FLOOD = 10
+FLOOD_S = 2.0
+# In a flood so much more is let through than is answered meanwhile: the queue stays full, and few are refused late.
+SURPLUS = 1.03
+SPEED_MEMORY_S = 10.0  # answers of so long ago count a third
+SAVED_S = 0.5  # what was not let through is saved up for so long
+
+
+class Refusals:
+    """What the model refused and answered last.
+
+    A refusal by the model comes after decoding and after the way to it: dear for the endpoint, late for the caller. In
+    a flood only as many pixels are let through as the model answers, and a few more. Only images as large as what was
+    refused are held back: a smaller one may still fit. Belongs to one event loop.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._moments: deque[float] = deque(maxlen=FLOOD)
+        self._pixels = 0
+        self._until = -math.inf
+        self._error = Overloaded("")
+        self._answered = 0.0  # pixels, fading
+        self._credit = 0.0  # pixels that may pass; the last one through may overdraw it, whatever its size
+        self._seen_at = clock()
+
+    def refused(self, pixels: int, error: Overloaded) -> None:
+        """The model refused an image of so many pixels."""
+        now = self._clock()
+        self._moments.append(now)
+        self._pixels = min(pixels, self._pixels) if now < self._until else pixels
+        self._error = error
+        if now < self._until or (len(self._moments) == FLOOD and now - self._moments[0] <= 1):
+            self._until = now + FLOOD_S
+
+    def answered(self, pixels: int) -> None:
+        """The model answered an image of so many pixels."""
+        self._pass_time()
+        self._answered += pixels
+
+    def check(self, pixels: int) -> None:
+        """Raise Overloaded where, in a flood, an image of so many pixels is more than the model answers meanwhile."""
+        self._pass_time()
+        if pixels < self._pixels or self._clock() >= self._until:
+            return
+        if self._credit <= 0:
+            raise Overloaded(str(self._error), self._error.retry_after_s)
+        self._credit -= pixels
+
+    def _pass_time(self) -> None:
+        now = self._clock()
+        passed, self._seen_at = now - self._seen_at, now
+        speed = SURPLUS * self._answered / SPEED_MEMORY_S
+        self._credit = min(self._credit + speed * passed, speed * SAVED_S)
+        self._answered *= math.exp(-passed / SPEED_MEMORY_S)
