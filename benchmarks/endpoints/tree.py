@@ -33,6 +33,7 @@ class Watch:
         self.samples: list[dict[str, Any]] = []
 
     def __enter__(self) -> Watch:
+        self.samples.append(sample(self._root))  # here, or the thread might take it when all is over
         self._thread.start()
         return self
 
@@ -59,11 +60,10 @@ class Watch:
         return {part: round((used - first["cpu"].get(part, 0.0)) / seconds, 3) for part, used in last["cpu"].items()}
 
     def _watch(self) -> None:
-        while True:
+        ended = False
+        while not ended:
+            ended = self._ended.wait(EVERY_S)
             self.samples.append(sample(self._root))
-            if self._ended.wait(EVERY_S):
-                self.samples.append(sample(self._root))
-                return
 
 
 def sample(root: psutil.Process) -> dict[str, Any]:
