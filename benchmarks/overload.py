@@ -178,12 +178,8 @@ def finished(child: subprocess.Popen[str]) -> Found:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="the endpoint under overload")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
-    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
-    parser.add_argument("--bundle", help="default: a MobileNetV2 PSPNet with random weights")
     ours = [name for name, kind in servers.KINDS.items() if kind.module is None]
     parser.add_argument("--server", choices=ours, default="sceneray", help="how it is served (default: sceneray)")
-    parser.add_argument("--photos", help="folder of JPEG files; default: drawn scenes of four sizes")
     parser.add_argument("--seconds", type=float, default=60.0, help="of the overload (default: 60)")
     servers.add_arguments(parser)
     return parser

@@ -180,21 +180,14 @@ def report(result: dict[str, Any]) -> str:
 
 
 def make_bundle(folder: Path, quick: bool) -> str:
-    """A MobileNetV2 PSPNet with random weights: how fast it is does not depend on what it learned."""
-    import torch
-
-    from sceneray import bundle, onnx_graph
+    """A MobileNetV2 PSPNet with random weights and its graph."""
+    from benchmarks.peers import networks
     from sceneray.config import ModelSettings
     from sceneray.data import town
-    from sceneray.models.pspnet import build_model
 
-    torch.manual_seed(0)
-    width = 16 if quick else 128
-    settings = ModelSettings(backbone="mobilenet_v2", head_width=width)
-    model = build_model(settings, len(town.CLASSES), load_weights=False)
     url = str(folder / "bundle")
-    about = {"name": "benchmark", "version": "0"}
-    bundle.write(url, model, settings, town.CLASSES, 255, about, onnx_graph.export(model.eval()))
+    settings = ModelSettings(backbone="mobilenet_v2", head_width=16 if quick else 128)
+    networks.write_random(url, settings, town.CLASSES, with_graph=True)
     return url
 
 
@@ -227,10 +220,6 @@ def _json(module: str, *arguments: str) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="the endpoint beside its peers")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
-    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
-    parser.add_argument("--bundle", help="default: a MobileNetV2 PSPNet with random weights")
-    parser.add_argument("--photos", help="folder of JPEG files; default: drawn scenes of four sizes")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement (default: 20)")
     parser.add_argument("--repetitions", type=int, default=1 if "--quick" in sys.argv else 5)
     servers.add_arguments(parser)

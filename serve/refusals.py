@@ -53,7 +53,7 @@ class Refusals:
     def check(self, pixels: int) -> None:
         """Raise Overloaded where, in a flood, an image of so many pixels is more than the model answers meanwhile."""
         self._pass_time()
-        if pixels < self._pixels or self._clock() >= self._until:
+        if pixels < self._pixels or self._seen_at >= self._until:
             return
         if self._credit <= 0:
             raise Overloaded(str(self._error), self._error.retry_after_s)

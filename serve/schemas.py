@@ -39,6 +39,12 @@ class Rules:
     runtime: str | None = None  # of sceneray.runtimes; None: what serves the bundle fastest
     precision: Precision = "auto"  # auto: bf16 on GPUs that compute in it, else fp32
 
+    def pass_size(self, most: int, on_cpu: bool) -> int:
+        """Images of a pass at most, of `most`: in exact mode a CPU gains nothing from black images in a pass."""
+        if self.mode == "fast":
+            return most
+        return min(self.exact_batch or (1 if on_cpu else most), most)
+
 
 @dataclass(frozen=True)
 class Ask:

@@ -190,11 +190,9 @@ class Segmenter:
         return outcomes
 
     def _fitting(self, limits: Limits, predictor: Predictor) -> Limits:
-        """`limits` with exact mode's batch: a CPU gains nothing from black images in a pass."""
-        if self.rules.mode == "fast":
-            return limits
-        default = 1 if predictor.device.type == "cpu" else limits.max_items
-        return replace(limits, max_items=min(self.rules.exact_batch or default, limits.max_items))
+        """`limits` with the size of the mode's passes."""
+        size = self.rules.pass_size(limits.max_items, on_cpu=predictor.device.type == "cpu")
+        return replace(limits, max_items=size)
 
 
 Input = Callable[[Segmenter, Runner, Photo, Ask], Awaitable[Segmented]]

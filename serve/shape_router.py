@@ -30,11 +30,8 @@ def by_shape(args: ServeArgs) -> dict[str, RequestRouterConfig]:
 
 
 def pass_size(args: ServeArgs) -> int:
-    """Images that share a forward pass at most; the rule of Segmenter, as far as it can be told before a model runs."""
-    if args.mode == "fast":
-        return args.max_batch_size
-    default = args.max_batch_size if args.gpus > 0 else 1
-    return min(args.exact_batch or default, args.max_batch_size)
+    """Images that share a forward pass at most, as far as it can be told before a model runs."""
+    return args.rules.pass_size(args.max_batch_size, on_cpu=args.gpus == 0)
 
 
 def shape_of(request: PendingRequest) -> tuple[int, ...] | None:

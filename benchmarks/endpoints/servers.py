@@ -23,6 +23,7 @@ import httpx
 import psutil
 import yaml
 
+from benchmarks.endpoints import tree
 from benchmarks.peers.runs import ROOT
 from sceneray.devices import usable_cores
 
@@ -73,22 +74,18 @@ class Server:
 
     def cpu_seconds(self) -> float:
         """CPU time of all its processes that still run."""
-        total = 0.0
-        for process in self._tree():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                total += times.user + times.system
-        return total
+        seconds: float = tree.sample(psutil.Process(self.process.pid))["cpu"]["all"]
+        return seconds
 
     def end(self) -> None:
         """End it and everything below it."""
-        tree = self._tree()
+        below = self._tree()
         self._signal(signal.SIGCONT)
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(60)
         # HAProxy outlives the Ray that started it.
-        for process in tree:
+        for process in below:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
@@ -107,7 +104,11 @@ class Server:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How every server computes: as `sceneray serve` does by itself where it has the machine."""
+    """What is served, and how every server computes: as `sceneray serve` does by itself where it has the machine."""
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
+    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
+    parser.add_argument("--bundle", help="default: a MobileNetV2 PSPNet with random weights")
+    parser.add_argument("--photos", help="folder of JPEG files; default: drawn scenes of four sizes")
     half = max(1, usable_cores() // 2)
     parser.add_argument("--threads", type=int, default=half, help=f"CPU threads of a forward pass (default: {half})")
     parser.add_argument("--passes", type=int, default=2, help="forward passes at a time (default: 2)")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sceneray import bundle
+from sceneray import bundle, onnx_graph
 from sceneray.bundle import Bundle
 from sceneray.config import ModelSettings
 from sceneray.data.store import ClassInfo
@@ -14,11 +14,12 @@ from sceneray.models.pspnet import build_model
 from sceneray.runtimes import Batch, Scorer
 
 
-def write_random(folder: str, settings: ModelSettings, classes: Sequence[ClassInfo]) -> None:
+def write_random(folder: str, settings: ModelSettings, classes: Sequence[ClassInfo], with_graph: bool = False) -> None:
     """A bundle of a network with random weights: how fast it is does not depend on what it learned."""
     torch.manual_seed(0)
     model = build_model(settings, len(classes), load_weights=False)
-    bundle.write(folder, model, settings, classes, 255, {"name": "benchmark", "version": "0"})
+    graph = onnx_graph.export(model.eval()) if with_graph else None
+    bundle.write(folder, model, settings, classes, 255, {"name": "benchmark", "version": "0"}, graph)
 
 
 def tutorial(loaded: Bundle, device: torch.device) -> Scorer:

@@ -15,23 +15,11 @@ from sceneray.masks import Photo
 from serve.api import ApiSettings, create_app
 from serve.schemas import Ask
 from serve.segmenter import Segmenter
-from tests.bundles import agree, half_bright, write_bundle
+from tests.bundles import agree, half_bright
 from tests.unit.serve.servers import uvicorn_of
 from tests.unit.serve.tensors import LIMITS, NAME, UPLOADS, own_masks, pictures
 
 KEY = "open sesame"
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The bundle whose answers are known."""
-    return write_bundle(str(tmp_path_factory.mktemp("bundle")))
-
-
-@pytest.fixture(scope="module")
-def alone(bundle: str) -> Segmenter:
-    """The same model for the test's own thread: a segmenter belongs to one event loop."""
-    return Segmenter.load(bundle, LIMITS, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +76,14 @@ def test_the_stock_client_finds_the_model(stock: triton.InferenceServerClient) -
 @pytest.mark.parametrize("out", [None, True, False], ids=["default", "binary", "json"])
 @pytest.mark.parametrize("sent", [True, False], ids=["sent binary", "sent json"])
 def test_the_stock_client_infers(
-    stock: triton.InferenceServerClient, alone: Segmenter, sent: bool, out: bool | None, version: str
+    stock: triton.InferenceServerClient, segmenter: Segmenter, sent: bool, out: bool | None, version: str
 ) -> None:
     """Three images each way give the masks of the model itself, under the request's id and the model's name."""
     images = pictures(3)
     outputs = None if out is None else [triton.InferRequestedOutput("mask", binary_data=out)]
     inputs = tensor(images, binary=sent)
     result = stock.infer(NAME, inputs, version, outputs=outputs, request_id="r-1", headers=auth())
-    assert np.array_equal(result.as_numpy("mask"), own_masks(alone, images))
+    assert np.array_equal(result.as_numpy("mask"), own_masks(segmenter, images))
     response = result.get_response()
     assert (response["model_name"], response["model_version"], response["id"]) == (NAME, "7", "r-1")
     assert ("data" in response["outputs"][0]) == (out is False)
@@ -108,20 +96,20 @@ def test_the_masks_are_right(stock: triton.InferenceServerClient) -> None:
     assert agree(result.as_numpy("mask")[0], mask)
 
 
-def test_the_stock_client_infers_asynchronously(stock: triton.InferenceServerClient, alone: Segmenter) -> None:
+def test_the_stock_client_infers_asynchronously(stock: triton.InferenceServerClient, segmenter: Segmenter) -> None:
     """Eight requests under way at once, of one to eight images, are each answered with their own masks."""
     batches = [pictures(count) for count in range(1, 9)]
     waiting = [stock.async_infer(NAME, tensor(images), headers=auth()) for images in batches]
     for images, pending in zip(batches, waiting, strict=True):
-        assert np.array_equal(pending.get_result(timeout=60).as_numpy("mask"), own_masks(alone, images))
+        assert np.array_equal(pending.get_result(timeout=60).as_numpy("mask"), own_masks(segmenter, images))
 
 
-def test_confidence_is_given_where_it_is_asked_for(stock: triton.InferenceServerClient, alone: Segmenter) -> None:
+def test_confidence_is_given_where_it_is_asked_for(stock: triton.InferenceServerClient, segmenter: Segmenter) -> None:
     """Named in the outputs, `confidence` comes beside the mask, in the order asked for; else it does not come."""
     images = pictures(2)
     outputs = [triton.InferRequestedOutput(name, binary_data=name == "mask") for name in ("confidence", "mask")]
     result = stock.infer(NAME, tensor(images), outputs=outputs, headers=auth())
-    answers = [asyncio.run(alone.segment(image, Ask(confidence=True))) for image in images]
+    answers = [asyncio.run(segmenter.segment(image, Ask(confidence=True))) for image in images]
     assert [output["name"] for output in result.get_response()["outputs"]] == ["confidence", "mask"]
     assert np.array_equal(result.as_numpy("confidence"), np.stack([answer.confidence for answer in answers]))
     assert np.array_equal(result.as_numpy("mask"), np.stack([answer.mask for answer in answers]))
