@@ -26,7 +26,7 @@ from sceneray.errors import ScenerayError
 from sceneray.masks import Photo
 from serve import access_log
 from serve.admission import Refused
-from serve.api import ApiSettings, create_app
+from serve.api import ApiSettings, Backend, create_app
 from serve.batching import Limits, Overloaded
 from serve.quota_actor import shared_quotas
 from serve.ray_telemetry import RayTelemetry
@@ -134,13 +134,10 @@ class WholeReplica(ModelReplica):
         replicas: int,
     ) -> None:
         super().__init__(bundle, limits, device, threads, rules, follow_s)
-        self._settings = settings
-        self._quotas = shared_quotas(replicas)
-        if settings.access_log:
-            access_log.to_stdout()
+        self._front = Front(settings, replicas, self._telemetry)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(OwnModel(self._versions), self._settings, self._quotas, self._telemetry)
+        return self._front.app(OwnModel(self._versions))
 
 
 @serve.deployment(name="Ingress", ray_actor_options={"num_cpus": INGRESS_CPUS})
@@ -150,14 +147,25 @@ class Ingress:
 
     def __init__(self, segmenter: DeploymentHandle, settings: ApiSettings, replicas: int) -> None:
         self._backend = HandleBackend(segmenter)
+        self._front = Front(settings, replicas, RayTelemetry())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._front.app(self._backend)
+
+
+class Front:
+    """What a process with HTTP routes has beside a backend."""
+
+    def __init__(self, settings: ApiSettings, replicas: int, telemetry: RayTelemetry) -> None:
         self._settings = settings
         self._quotas = shared_quotas(replicas)
-        self._telemetry = RayTelemetry()
+        self._telemetry = telemetry
         if settings.access_log:
             access_log.to_stdout()
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._backend, self._settings, self._quotas, self._telemetry)
+    def app(self, backend: Backend) -> FastAPI:
+        """The routes over `backend`."""
+        return create_app(backend, self._settings, self._quotas, self._telemetry)
 
 
 class OwnModel:
