@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import sys
 import time
 from collections import Counter
@@ -28,12 +27,11 @@ from typing import Any
 import aiohttp
 import psutil
 
-from benchmarks.endpoints.load import quantile
+from benchmarks.endpoints.load import arrivals, quantile
 from benchmarks.endpoints.work import read_photos
 
 CONNECTIONS = 1000
 TIMEOUT_S = 120.0
-SEED = 11
 REFUSED = (429, 503)
 HEADERS = {"Content-Type": "image/jpeg"}
 PAUSE_S = 0.02  # of a caller whose connection failed: it does not spin
@@ -97,13 +95,10 @@ class Flood:
 
     async def open(self, rate: float, seconds: float) -> None:
         """Requests at random moments, `rate` a second."""
-        chance, tasks = random.Random(SEED), set()
-        due, number = self.started_at + chance.expovariate(rate), 0
-        while due < self.started_at + seconds:
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            tasks.add(task := asyncio.create_task(self.ask(number, due)))
+        tasks = set()
+        async for arrival in arrivals(rate, seconds):
+            tasks.add(task := asyncio.create_task(self.ask(*arrival)))
             task.add_done_callback(tasks.discard)
-            due, number = due + chance.expovariate(rate), number + 1
         print("sent", flush=True)
         await asyncio.gather(*tasks)
 

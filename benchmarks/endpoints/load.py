@@ -18,6 +18,7 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,14 +87,18 @@ class Load:
 
     async def open(self, rate: float, seconds: float) -> None:
         """Requests at random moments, `rate` a second."""
-        chance, tasks = random.Random(SEED), []
-        started_at = time.perf_counter()
-        due, number = started_at + chance.expovariate(rate), 0
-        while due < started_at + seconds:
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            tasks.append(asyncio.create_task(self.ask(number, due)))
-            due, number = due + chance.expovariate(rate), number + 1
+        tasks = [asyncio.create_task(self.ask(*arrival)) async for arrival in arrivals(rate, seconds)]
         await asyncio.gather(*tasks)
+
+
+async def arrivals(rate: float, seconds: float) -> AsyncIterator[tuple[int, float]]:
+    """Poisson arrivals for so many seconds from now on, each when it is due: its number, and when it was due."""
+    chance, started_at = random.Random(SEED), time.perf_counter()
+    due, number = started_at + chance.expovariate(rate), 0
+    while due < started_at + seconds:
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        yield number, due
+        due, number = due + chance.expovariate(rate), number + 1
 
 
 async def run(url: str, photos: list[bytes], kind: str, amount: float, seconds: float, as_json: bool) -> dict[str, Any]:
