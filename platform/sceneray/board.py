@@ -32,6 +32,7 @@ class Board:
         self.seen_at = time.monotonic()
         self.seen = False
         self.attempt = 0
+        self.controller: object = None
 
     def add(self, row: dict[str, Any]) -> None:
         """A worker's progress."""
@@ -43,6 +44,14 @@ class Board:
         """Progress since the last call, the failure that ended a worker for good, and seconds without any worker."""
         rows, self.rows = self.rows, []
         return rows, self.failure, time.monotonic() - self.seen_at
+
+    def introduce_controller(self, handle: object) -> None:
+        """The actor that starts the workers leaves its handle, for a driver that has to end it."""
+        self.controller = handle
+
+    def controller_handle(self) -> object:
+        """The newest controller's handle; None before there is one."""
+        return self.controller
 
     def request_stop(self) -> None:
         """Ask the workers to save and end."""

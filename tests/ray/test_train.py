@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,6 +123,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(store: str, tmp_path: Path, here
         train(settings_of(store, run, "optimizer.lr=1e18", "save.every_steps=100"))
     assert len(runlog.attempts(run)) == 1
     assert checkpoint.newest(run, print) is None
+    from sceneray.ray_train.driver import THREAD  # after Ray's environment is set
+
+    names = [thread.name for thread in threading.enumerate()]
+    assert THREAD not in names, "no thread is left waiting inside Ray, which the process is about to leave"
 
 
 def test_more_workers_than_the_machine_has_is_refused(store: str, tmp_path: Path, here: None) -> None:

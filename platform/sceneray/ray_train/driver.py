@@ -28,6 +28,8 @@ from sceneray.run_folder import check_rights, prepare_run, with_full_paths
 from sceneray.status import RESULT
 
 POLL_S = 1.0
+THREAD = "ray-train"
+ABANDON_TIMEOUT_S = 10.0
 log = logging.getLogger("sceneray.ray_train")
 
 Progress = Callable[[dict[str, Any]], None]
@@ -121,18 +123,22 @@ class Group:
             finally:
                 ended.set()
 
-        threading.Thread(target=work, daemon=True, name="ray-train").start()
+        threading.Thread(target=work, daemon=True, name=THREAD).start()
         last_look = False
-        while not last_look:
-            try:
-                last_look = ended.wait(POLL_S)
-                self._look(board, most)
-            except KeyboardInterrupt:
-                if self.stopping:
-                    raise
-                self.stopping, last_look = True, False
-                self.on_progress({"kind": "stopping"})
-                board.request_stop.remote()
+        try:
+            while not last_look:
+                try:
+                    last_look = ended.wait(POLL_S)
+                    self._look(board, most)
+                except KeyboardInterrupt:
+                    if self.stopping:
+                        raise
+                    self.stopping, last_look = True, False
+                    self.on_progress({"kind": "stopping"})
+                    board.request_stop.remote()
+        finally:
+            if not ended.is_set():
+                _abandon(board, ended)
         if "error" in outcome:
             raise TrainingError(_explain(outcome["error"])) from outcome["error"]
         return dict(outcome["value"])
@@ -164,6 +170,29 @@ class Group:
             board.request_leave.remote()
 
 
+def _abandon(board: Any, ended: threading.Event) -> None:
+    """End the controller, and its workers with it, and wait for the thread that waits for it.
+
+    A thread that still waits inside Ray while the process leaves Ray can take the process with it (SIGSEGV, in place of
+    the exit code).
+    """
+    controller = ray.get(board.controller_handle.remote())
+    if controller is not None:
+        ray.kill(controller)
+        ended.wait(ABANDON_TIMEOUT_S)
+
+
+class IntroduceController(ControllerCallback):  # type: ignore[misc]  # Ray has no types
+    """Runs in Ray Train's controller: leaves its handle on the board, since `fit` shows it to nobody."""
+
+    def __init__(self, board: Any) -> None:
+        self.board = board
+
+    def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002  Ray's signature
+        """Called once, before any worker is asked for."""
+        ray.get(self.board.introduce_controller.remote(ray.get_runtime_context().current_actor))
+
+
 class SaveBeforeResize(ControllerCallback):  # type: ignore[misc]  # Ray has no types
     """Runs in Ray Train's controller: before a worker group ends to make place for another one, it saves."""
 
@@ -183,6 +212,9 @@ def _trainer(
     settings: TrainSettings, use_gpu: bool, board: Any, check_only: bool, most: int, folder: str
 ) -> ray.train.torch.TorchTrainer:
     resources = settings.resources
+    callbacks: list[ControllerCallback] = [IntroduceController(board)]
+    if settings.elastic:
+        callbacks.append(SaveBeforeResize(board, resources.resize_save_s))
     _set_ray_train_environment(settings)
     least = settings.min_workers
     env = {"OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {}
@@ -208,7 +240,7 @@ def _trainer(
                 max_preemption_failures=resources.max_preemptions,
                 controller_failure_limit=resources.start_attempts,
             ),
-            callbacks=[SaveBeforeResize(board, resources.resize_save_s)] if settings.elastic else [],
+            callbacks=callbacks,
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": env} if env else None,
         ),
