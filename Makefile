@@ -35,7 +35,7 @@ test-chaos: $(STAMP)  ## slow tests that kill training workers
 test-serve: $(STAMP)  ## of those, the endpoint's: mixed sizes, kills, promote and rollback, autoscaling, a batch killed
 	@$(BIN)/python -m pytest -m chaos $(ARGS) -s \
 	  tests/ray/test_serve_mixed.py tests/ray/test_serve_faults.py tests/ray/test_serve_routing.py tests/ray/test_autoscaling.py \
-	  tests/ray/test_uploads_memory.py tests/ray/test_batch_predict.py tests/ray/test_benchmarks.py
+	  tests/ray/test_cluster_config.py tests/ray/test_uploads_memory.py tests/ray/test_batch_predict.py tests/ray/test_benchmarks.py
 
 .PHONY: test-slice
 test-slice: $(STAMP)  ## of those, the few that CI runs

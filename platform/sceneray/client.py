@@ -5,8 +5,9 @@
         for result in client.segment_many(paths):
             ...
 
-An endpoint that is busy (429), away for a moment (503) or breaks the connection is asked again, as long as the call's
-time lasts; whatever else it answers is final. To ask twice does no harm: an image is segmented, nothing is kept.
+An endpoint that is busy (429), away for a moment (503), dies over a request (a proxy's 500 or 502) or breaks the
+connection is asked again, as long as the call's time lasts; whatever else it answers is final. To ask twice does no
+harm: an image is segmented, nothing is kept.
 """
 
 from __future__ import annotations
@@ -25,12 +26,11 @@ from typing import Any, Literal, overload
 
 import httpx
 
-from sceneray.client_messages import Model, Picture, Result, encoded, json_of, plain, refusal, result
+from sceneray.client_messages import Model, Picture, Result, encoded, is_passing, json_of, plain, refusal, result
 from sceneray.errors import ConfigError, DataError, ScenerayError, ServingError
 
 __all__ = ["Client", "Model", "Picture", "Result"]
 
-AGAIN = (429, 503)
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
 READY_TIMEOUT_S = 10.0
@@ -141,7 +141,7 @@ class Client:
             answer = self._http.get("/v2/health/ready", timeout=timeout_s)
         except httpx.RequestError:
             return False
-        if answer.status_code in (200, *AGAIN):
+        if answer.status_code == 200 or is_passing(answer):
             return answer.status_code == 200
         raise refusal(answer)
 
@@ -183,7 +183,7 @@ class Client:
                 if answer.is_success:
                     return answer
                 last = refusal(answer)
-                if answer.status_code not in AGAIN:
+                if not is_passing(answer):
                     break
                 asked = _retry_after_s(answer.headers)
             wait_s = _wait_s(asked, attempt)

@@ -131,6 +131,17 @@ def refusal(answer: httpx.Response) -> ScenerayError:
     return DataError(text) if answer.status_code in THE_IMAGES_FAULT else ServingError(text)
 
 
+def is_passing(answer: httpx.Response) -> bool:
+    """Whether another try may do better: busy, away for a moment, or a proxy that lost the replica behind it.
+
+    Ray Serve's proxy answers 500 and others 502 where the endpoint's process died over a request; the endpoint's own
+    500 has an `error_type` and would only come again.
+    """
+    said = json_of(answer)
+    own = isinstance(said, dict) and "error_type" in said
+    return answer.status_code in (429, 503) or (answer.status_code in (500, 502) and not own)
+
+
 def json_of(answer: httpx.Response) -> Any:
     """The body of an answer as JSON; None where it is none."""
     try:

@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
 from jobs.serve import serving
 from tests.bundles import write_bundle
+from tests.callers import below
 from tests.unit.serve.uploads import encoded
 
 pytestmark = pytest.mark.chaos
@@ -52,7 +52,7 @@ class Watch:
     """The most resident memory that each part had while the context lasts, above what it had before, in MiB."""
 
     def __init__(self) -> None:
-        self.processes = {part: below(word) for part, word in PARTS.items()}
+        self.processes = {part: below(word)[0] for part, word in PARTS.items()}
         self.before = {part: process.memory_info().rss for part, process in self.processes.items()}
         self.most = dict(self.before)
         self._ended = threading.Event()
@@ -75,15 +75,6 @@ class Watch:
         while not self._ended.wait(0.02):
             for part, process in self.processes.items():
                 self.most[part] = max(self.most[part], process.memory_info().rss)
-
-
-def below(word: str) -> psutil.Process:
-    """The process below this one that `word` names."""
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if word in " ".join(process.cmdline()):
-                return process
-    raise LookupError(word)
 
 
 @contextlib.asynccontextmanager

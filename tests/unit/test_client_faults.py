@@ -53,6 +53,8 @@ TEMPORARY = {
     "busy": says(429, {"error": "the queue is full."}, retry_after="0"),
     "away": says(503, {"error": "no model."}, retry_after="0"),
     "away without a word": says(503, b"<html>Bad gateway"),
+    "its process died, Serve's proxy says so": says(500, b"Internal Server Error"),
+    "its process died, another proxy says so": says(502, b"<html>Bad gateway"),
     "dropped": drops,
     "broken off": breaks_off,
 }
@@ -71,7 +73,7 @@ def test_what_passes_is_asked_again(name: str) -> None:
 @pytest.mark.parametrize("status", [400, 401, 404, 406, 413, 415, 422, 500, 502, 504])
 def test_what_is_final_is_asked_once(status: int) -> None:
     """Any other refusal is raised at once: the image's fault as DataError, all else as ServingError."""
-    refusal = says(status, {"error": "the rule, what came."}, x_request_id="r-7")
+    refusal = says(status, {"error": "the rule, what came.", "error_type": "a_rule"}, x_request_id="r-7")
     with scripted([refusal, GOOD]) as script:
         error = failure(script.url)
         assert len(script.requests) == 1
