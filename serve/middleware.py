@@ -155,6 +155,7 @@ class _Exchange:
         try:
             yield
         finally:
+            self._limit = None
             if self._listener is not None:
                 self._listener.cancel()
                 await asyncio.wait([self._listener])
@@ -187,8 +188,13 @@ class _Exchange:
         await self._send(message)
 
     async def _listen(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            continue
+        try:
+            while (await self._receive())["type"] != "http.disconnect":
+                continue
+        except asyncio.CancelledError:
+            # By `watched`. Raised on, the task would keep the traceback, that the frame and that this exchange: a cycle
+            # for each request, whose collection stops the process for tenths of a second in a flood (measured).
+            return
         # An answer under way may well be why the connection ends; who asked for it is then not gone.
         if self.status is None:
             self.gone = True

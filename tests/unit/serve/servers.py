@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from sceneray.masks import Photo
+from serve.batching import Overloaded
 from serve.schemas import Ask, ModelCard, Segmented
 from tests.bundles import CLASSES
 from tests.support import POLL_S
@@ -35,6 +36,14 @@ class Still:
     async def describe(self) -> dict[str, Any]:
         """Enough for /readyz."""
         return {"name": CARD.name, "version": CARD.version, "digest": CARD.digest}
+
+
+class Busy(Still):
+    """A backend whose queue is full."""
+
+    async def segment(self, image: Photo, ask: Ask) -> Segmented:  # noqa: ARG002
+        """Refuses."""
+        raise Overloaded("the queue is full.")
 
 
 class Endless(Still):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import time
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -12,10 +14,11 @@ from PIL import Image
 from starlette.datastructures import Headers
 
 from serve.admission import Refused
-from serve.api import ApiSettings, create_app
+from serve.api import ApiSettings, Backend, create_app
 from serve.middleware import timeout_of
 from serve.schemas import ErrorBody
-from tests.unit.serve.servers import Endless, Still, uvicorn_of, wait_for
+from serve.visit import Visit
+from tests.unit.serve.servers import Busy, Endless, Still, uvicorn_of, wait_for
 from tests.unit.serve.uploads import Client, encoded
 
 PNG = encoded(Image.new("RGB", (40, 25), (90, 90, 90)), "PNG")
@@ -146,3 +149,26 @@ def test_a_cancelled_request_waits_for_its_decoder() -> None:
         assert ended.is_set()
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("backend", "headers", "status"),
+    [
+        (Still, {}, 200),
+        (Still, {"x_request_timeout_s": "soon"}, 422),
+        (Busy, {}, 429),
+        (Endless, {"x_request_timeout_s": "0.2"}, 504),
+    ],
+)
+def test_a_request_leaves_no_garbage(backend: Callable[[], Backend], headers: dict[str, str], status: int) -> None:
+    """What a request held, its image among it, is free when it ends, however it ends: nothing waits for the garbage
+    collector, which stops the whole process in order to look for it."""
+    with uvicorn_of(create_app(backend(), ApiSettings())) as port:
+        post(port, **headers)  # what is made once
+        gc.collect()
+        gc.disable()
+        try:
+            assert [post(port, **headers).status_code for _ in range(3)] == [status] * 3
+            wait_for(lambda: not [thing for thing in gc.get_objects() if type(thing) is Visit])
+        finally:
+            gc.enable()
