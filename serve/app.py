@@ -28,6 +28,7 @@ from serve import access_log
 from serve.admission import Refused
 from serve.api import ApiSettings, Backend, create_app
 from serve.batching import Limits, Overloaded
+from serve.priority import collect_garbage_seldom
 from serve.quota_actor import shared_quotas
 from serve.ray_telemetry import RayTelemetry
 from serve.scaling import QueuedPixels
@@ -160,6 +161,7 @@ class Front:
         self._settings = settings
         self._quotas = shared_quotas(replicas)
         self._telemetry = telemetry
+        collect_garbage_seldom()
         if settings.access_log:
             access_log.to_stdout()
 

@@ -38,6 +38,7 @@ class Rules:
     warm: tuple[tuple[int, int], ...] | None = None  # (height, width) to run before the first request
     runtime: str | None = None  # of sceneray.runtimes; None: what serves the bundle fastest
     precision: Precision = "auto"  # auto: bf16 on GPUs that compute in it, else fp32
+    nice: int = 0  # how far the threads of the passes step back for others on the CPU, 0 to 19
 
     def pass_size(self, most: int, on_cpu: bool) -> int:
         """Images of a pass at most, of `most`: in exact mode a CPU gains nothing from black images in a pass."""

@@ -19,6 +19,7 @@ from sceneray.masks import Mask, Photo
 from sceneray.predictor import Predictor
 from serve.batching import Batched, KeyedBatcher, Limits, TooLate
 from serve.load import LoadMeter
+from serve.priority import step_back
 from serve.runner import Item, Outcome, Runner
 from serve.schemas import Ask, InputRule, ModelCard, Rules, Segmented
 from serve.telemetry import Silent, Telemetry, batch_ran, mask_answered
@@ -34,6 +35,18 @@ class _Job:
     item: Item
 
 
+def load_predictor(bundle: str, device: str | None, limits: Limits, rules: Rules) -> Predictor:
+    """The predictor of a bundle, once it has answered the golden image rightly. Raises BundleError.
+
+    Loaded in a thread of its own: those that a runtime starts for its passes have the priority of the one that loads.
+    """
+    with ThreadPoolExecutor(1, "segmenter-loader", step_back, (rules.nice,)) as loader:
+        load = loader.submit(Predictor.load, bundle, device, limits.max_cost, rules.runtime, rules.precision)
+        predictor = load.result()
+        loader.submit(predictor.self_check).result()
+    return predictor
+
+
 class Segmenter:
     """Answers images one by one and runs them together where their shapes agree."""
 
@@ -45,7 +58,7 @@ class Segmenter:
         self.telemetry = telemetry or Silent()
         self.meter = LoadMeter()  # levels: pixels (queued and on the model), requests, passes
         self.limits = self._fitting(limits, predictor)
-        self._threads = ThreadPoolExecutor(limits.workers, thread_name_prefix="segmenter")
+        self._threads = ThreadPoolExecutor(limits.workers, "segmenter", step_back, (self.rules.nice,))
         self._helpers = ThreadPoolExecutor(2, thread_name_prefix="segmenter-helper")
         self._batcher: KeyedBatcher[_Job, Outcome] = KeyedBatcher(self._run, key=_key, cost=_pixels, limits=self.limits)
         self._passed_at = time.monotonic()  # when the last forward pass ended
@@ -69,9 +82,7 @@ class Segmenter:
         if threads is not None:
             torch.set_num_threads(threads)
         rules = rules or Rules()
-        predictor = Predictor.load(bundle, device, limits.max_cost, rules.runtime, rules.precision)
-        predictor.self_check()
-        return cls(predictor, limits, rules, telemetry)
+        return cls(load_predictor(bundle, device, limits, rules), limits, rules, telemetry)
 
     def prepared(self, predictor: Predictor) -> Runner:
         """A runner of `predictor` under this segmenter's rules, warm. Slow."""

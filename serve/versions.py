@@ -16,12 +16,11 @@ import torch
 
 from sceneray import repository, storage
 from sceneray.errors import BundleError, ScenerayError, ServingError
-from sceneray.predictor import Predictor
 from sceneray.storage import Committed
 from serve.batching import Limits
 from serve.runner import Runner
 from serve.schemas import Rules
-from serve.segmenter import Segmenter
+from serve.segmenter import Segmenter, load_predictor
 from serve.telemetry import Telemetry
 
 WEIGHTS = "model.safetensors"
@@ -113,13 +112,9 @@ class Versions:
     def _prepare(self, found: Committed) -> Runner:
         """The candidate, verified and warm. Slow."""
         self._check_memory(found)
-        rules = self.segmenter.rules
-        predictor = Predictor.load(
-            found.url, self._device, self.segmenter.limits.max_cost, rules.runtime, rules.precision
-        )
+        predictor = load_predictor(found.url, self._device, self.segmenter.limits, self.segmenter.rules)
         if predictor.info["digest"] != found.digest:
             raise BundleError(f"{found.url} changed while it was loaded. Promote it again under a new version.")
-        predictor.self_check()
         return self.segmenter.prepared(predictor)
 
     def _check_memory(self, found: Committed) -> None:

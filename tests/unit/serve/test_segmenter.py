@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Coroutine, Sequence
@@ -208,6 +209,21 @@ def test_a_stuck_model_is_unhealthy(network: str) -> None:
         await segmenter.check(within_s=20)
 
     asyncio.run(work())
+
+
+def test_passes_step_back_for_http(network: str) -> None:
+    """With `nice` the threads that compute a pass, the runtime's own among them, have a lower priority; the caller's
+    thread, where HTTP may run, keeps its own."""
+
+    def niceness() -> list[int]:
+        tasks = [int(name) for name in os.listdir("/proc/self/task")]
+        return [os.getpriority(os.PRIO_PROCESS, task) for task in tasks]
+
+    here = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    segmenter = Segmenter.load(network, LIMITS, "cpu", threads=2, rules=Rules(nice=11))
+    answers(segmenter, photos(4), 4)
+    assert niceness().count(11) >= 2, "the thread of the pass and one that torch started for it"
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == here < 11
 
 
 def test_a_replaced_model_answers_what_it_was_asked(network: str, tmp_path: Path) -> None:
