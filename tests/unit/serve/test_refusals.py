@@ -88,8 +88,8 @@ def test_of_several_refusals_the_smallest_counts() -> None:
     assert refused.value.retry_after_s == 5
 
 
-def test_a_flood_ends_when_the_model_refuses_nothing() -> None:
-    """FLOOD_S after the model's last refusal all are let through; each refusal meanwhile, even alone, keeps it up."""
+def test_a_flood_ends_when_nobody_is_refused() -> None:
+    """FLOOD_S after the last refusal, the model's or our own, all are let through."""
     now = [100.0]
     refusals = Refusals(lambda: now[0])
     flood(refusals)
@@ -97,8 +97,72 @@ def test_a_flood_ends_when_the_model_refuses_nothing() -> None:
         now[0] += 0.9 * FLOOD_S
         assert not passes(refusals, 500)
         refusals.refused(500, Overloaded("full", 4))
+    now[0] += 0.9 * FLOOD_S
+    assert not passes(refusals, 500)
     now[0] += FLOOD_S
-    assert passes(refusals, 500)
+    assert all(passes(refusals, 500) for _ in range(100))
+
+
+def test_a_model_that_never_answered_is_asked_again() -> None:
+    """Though no speed is known, one image passes every FLOOD_S, so that its answer can tell."""
+    now = [100.0]
+    refusals = Refusals(lambda: now[0])
+    flood(refusals)
+    through = 0
+    for _ in range(int(100 * 10 * FLOOD_S)):
+        now[0] += 1 / 100
+        through += passes(refusals, 500)
+    assert 5 <= through <= 10
+
+
+class Model:
+    """A queue of `room` images before a model that answers `speed` a second, on a clock of its own."""
+
+    def __init__(self, room: int, speed: float) -> None:
+        self.now, self.room, self.speed = 100.0, room, speed
+        self.refusals = Refusals(lambda: self.now)
+        self.waiting = self.work = 0.0
+        self.late = self.early = self.answers = 0
+
+    def run(self, seconds: float, rate: float) -> tuple[int, int, int]:
+        """Answers, refusals by the model and refusals before it, in so many seconds of `rate` images a second."""
+        self.late = self.early = self.answers = 0
+        step, arrived = 1 / 1000, 0.0
+        for _ in range(int(seconds / step)):
+            self.now += step
+            self.work = self.work + self.speed * step if self.waiting else 0.0
+            while self.work >= 1 and self.waiting:
+                self.work, self.waiting, self.answers = self.work - 1, self.waiting - 1, self.answers + 1
+                self.refusals.answered(1000)
+            arrived += rate * step
+            while arrived >= 1:
+                arrived -= 1
+                if not passes(self.refusals, 1000):
+                    self.early += 1
+                elif self.waiting < self.room:
+                    self.waiting += 1
+                else:
+                    self.late += 1
+                    self.refusals.refused(1000, Overloaded("full", 4))
+        return self.answers, self.late, self.early
+
+
+@pytest.mark.parametrize("speed", [5, 20, 80])
+def test_a_flood_keeps_the_model_busy_and_is_refused_early(speed: int) -> None:
+    """At ten times its speed the model is never idle, and of the refusals one in a hundred comes from the model. One
+    that becomes three times as fast is used at that speed within seconds. What it can answer is not refused."""
+    model = Model(room=8 * speed, speed=speed)
+    assert model.run(5, speed / 2) == (pytest.approx(2.5 * speed, abs=2), 0, 0)
+    model.run(20, 10 * speed)
+    answers, late, early = model.run(60, 10 * speed)
+    assert answers >= 0.99 * 60 * speed
+    assert late <= 0.01 * (late + early)
+    model.speed *= 3
+    model.run(15, 10 * speed)
+    answers, late, early = model.run(30, 10 * speed)
+    assert answers >= 0.95 * 30 * 3 * speed
+    model.run(15, 2 * speed)
+    assert model.run(30, 2 * speed) == (pytest.approx(60 * speed, rel=0.02), 0, 0)
 
 
 def test_as_much_is_let_through_as_is_answered() -> None:
