@@ -28,7 +28,7 @@ APP = "sceneray"
 KEY_VARIABLE = "SCENERAY_API_KEY"
 # Serve's own answer to a late request is a 408 in plain text: ours, a 504, must come first.
 TIMEOUT_MARGIN_S = 30
-HTTP_FIRST = 10  # niceness of the passes on a machine of one's own
+HTTP_FIRST = 3  # niceness of the passes on a machine of one's own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -58,16 +58,24 @@ class Refusals:
 
     def check(self, pixels: int) -> None:
         """Raise Overloaded where, in a flood, an image of so many pixels is more than the model answers meanwhile."""
+        self.look(pixels)
+        if self._in_flood(pixels):
+            self._credit -= pixels
+            self._passed_at = self._seen_at
+
+    def look(self, pixels: int) -> None:
+        """As `check`, for an image that is not let through yet."""
         self._pass_time()
-        now = self._seen_at
-        if pixels < self._pixels or now >= self._until:
+        if not self._in_flood(pixels):
             return
+        now = self._seen_at
         # One in FLOOD_S passes in any case: of a model that answered nothing yet no speed is known.
         if self._credit <= 0 and now - max(self._refused_at, self._passed_at) < FLOOD_S:
             self._until = now + FLOOD_S
             raise Overloaded(str(self._error), self._error.retry_after_s)
-        self._credit -= pixels
-        self._passed_at = now
+
+    def _in_flood(self, pixels: int) -> bool:
+        return pixels >= self._pixels and self._seen_at < self._until
 
     def _pass_time(self) -> None:
         now = self._clock()

@@ -14,6 +14,7 @@ from serve import visit
 from serve.admission import PixelGate, UploadLimits, check_header, decode
 from serve.batching import Overloaded
 from serve.guard import check_quota
+from serve.image_header import claimed_pixels
 from serve.quotas import LocalQuotas, Quotas
 from serve.refusals import Refusals
 from serve.schemas import Answered, Ask, Segmented
@@ -111,6 +112,8 @@ class Site:
 
         Adds to `times`. Raises Refused for what is no image or too large, Overloaded, or DataError.
         """
+        if (claimed := claimed_pixels(data)) is not None:
+            self.refusals.look(claimed)  # in a flood most end here, without a thread
         with timed(times, "header"):
             height, width = await asyncio.to_thread(check_header, data, self.settings.uploads)
         async with self.room(height * width):
