@@ -28,7 +28,6 @@ APP = "sceneray"
 KEY_VARIABLE = "SCENERAY_API_KEY"
 # Serve's own answer to a late request is a 408 in plain text: ours, a 504, must come first.
 TIMEOUT_MARGIN_S = 30
-HTTP_FIRST = 3  # niceness of the passes on a machine of one's own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,22 +98,17 @@ def serving(
 
 
 def cpu_share(args: ServeArgs) -> dict[str, int]:
-    """Threads of a pass, passes at a time and their niceness, as far as they were not given, where all cores are the
-    replicas'.
+    """Threads of a pass and passes at a time, as far as they were not given, where all cores are the replicas'.
 
     Two passes on half the cores each: threads of one pass wait for each other whenever the system takes one's core
-    away, and HTTP beside them takes it often. And it goes first: what HTTP has to do is short. Measured in
-    docs/benchmarks.md.
+    away, and HTTP beside them takes it often. Measured in docs/benchmarks.md.
     """
     from sceneray.devices import cpu_threads
 
     cores = cpu_threads(args.threads, args.max_replicas or args.replicas)
-    if args.gpus:
+    if args.gpus or cores < 2 or args.model_fields_set & {"threads", "concurrent_batches"}:
         return {"threads": cores}
-    nice = {"nice": HTTP_FIRST if args.nice is None else args.nice}
-    if cores < 2 or args.model_fields_set & {"threads", "concurrent_batches"}:
-        return {"threads": cores} | nice
-    return {"threads": cores // 2, "concurrent_batches": 2} | nice
+    return {"threads": cores // 2, "concurrent_batches": 2}
 
 
 def _serve_args(bundle: str, options: dict[str, Any]) -> ServeArgs:

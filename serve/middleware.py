@@ -133,6 +133,7 @@ class _Exchange:
         self._send = send
         self._names = names
         self._to_come = 0.0  # bytes of body that are still on their way
+        self._is_whole = False  # the body came to its end
         self._started_at = time.perf_counter()
         self._limit: asyncio.Timeout | None = None
         self._listener: asyncio.Task[None] | None = None
@@ -155,17 +156,20 @@ class _Exchange:
         try:
             yield
         finally:
-            self._limit = None
-            if self._listener is not None:
-                self._listener.cancel()
-                await asyncio.wait([self._listener])
-                if not self._listener.cancelled() and (error := self._listener.exception()) is not None:
+            # A cancelled task keeps its traceback, that the frame, and that this exchange. Kept here as well, it would be
+            # a cycle for each request; to collect them stops the process for tenths of a second in a flood (measured).
+            listener, self._listener, self._limit = self._listener, None, None
+            if listener is not None:
+                listener.cancel()
+                await asyncio.wait([listener])
+                if not listener.cancelled() and (error := listener.exception()) is not None:
                     log.warning("request %s: the connection failed: %r", self.visit.request_id, error)
 
     async def receive(self) -> Message:
         """The next part of the body; after the last, only ever the news that the caller is gone."""
-        if self._listener is not None:
-            await asyncio.shield(self._listener)
+        if self._is_whole:
+            if self._listener is not None:
+                await asyncio.shield(self._listener)
             return {"type": "http.disconnect"}
         message = await self._receive()
         size = len(message.get("body", b""))
@@ -176,6 +180,7 @@ class _Exchange:
         if message["type"] == "http.disconnect":
             self.gone = True
         elif not message.get("more_body", False):
+            self._is_whole = True
             self._listener = asyncio.ensure_future(self._listen())
         return message
 
@@ -188,13 +193,8 @@ class _Exchange:
         await self._send(message)
 
     async def _listen(self) -> None:
-        try:
-            while (await self._receive())["type"] != "http.disconnect":
-                continue
-        except asyncio.CancelledError:
-            # By `watched`. Raised on, the task would keep the traceback, that the frame and that this exchange: a cycle
-            # for each request, whose collection stops the process for tenths of a second in a flood (measured).
-            return
+        while (await self._receive())["type"] != "http.disconnect":
+            continue
         # An answer under way may well be why the connection ends; who asked for it is then not gone.
         if self.status is None:
             self.gone = True
@@ -207,7 +207,7 @@ class _Exchange:
         for name, value in {**SECURITY_HEADERS, **policy}.items():
             headers.setdefault(name, value)  # a route may be stricter
         headers.update(self._names)
-        if self._listener is None and self._to_come > READ_ON_BYTES:
+        if not self._is_whole and self._to_come > READ_ON_BYTES:
             headers["Connection"] = "close"  # kept open, the server would read and drop the whole of it
         headers["Server-Timing"] = server_timing({**self.visit.times, "total": self.seconds})
         return headers

@@ -40,9 +40,7 @@ class ServeArgs(BaseModel):
     )
     cpus: float = Field(1.0, ge=0, description="CPUs that a model replica asks of the cluster")
     gpus: float = Field(0.0, ge=0, description="GPUs that a model replica asks of the cluster")
-    nice: int | None = Field(
-        None, ge=0, le=19, description="niceness of a CPU's passes: higher leaves the CPU to HTTP sooner; default: 0"
-    )
+    nice: int = Field(0, ge=0, le=19, description="niceness of a CPU's passes: above 0 HTTP beside them goes first")
     threads: int | None = Field(None, ge=1, description="CPU threads of a forward pass; default: as many as cpus")
     max_batch_size: Positive = Field(8, description="images of one forward pass")
     max_batch_pixels: Positive = Field(4 * 2**20, description="pixels of one forward pass")
@@ -166,7 +164,7 @@ class ServeArgs(BaseModel):
             self.warm,
             self.runtime,
             self.precision,
-            self.nice or 0,
+            self.nice,
         )
 
     @property

@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from jobs.cli import main_of
-from jobs.serve import HTTP_FIRST, cpu_share, serving
+from jobs.serve import cpu_share, serving
 from sceneray import storage
 from sceneray.errors import BundleError, ConfigError, ServingError
 from serve import keys
@@ -171,18 +171,17 @@ def test_the_cluster_config_refuses_to_start_without_keys() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, {"threads": 4, "concurrent_batches": 2, "nice": HTTP_FIRST}),
-        ({"replicas": 2}, {"threads": 2, "concurrent_batches": 2, "nice": HTTP_FIRST}),
-        ({"replicas": 8}, {"threads": 1, "nice": HTTP_FIRST}),
-        ({"threads": 3}, {"threads": 3, "nice": HTTP_FIRST}),
-        ({"concurrent_batches": 1, "nice": 0}, {"threads": 8, "nice": 0}),
+        ({}, {"threads": 4, "concurrent_batches": 2}),
+        ({"replicas": 2}, {"threads": 2, "concurrent_batches": 2}),
+        ({"replicas": 8}, {"threads": 1}),
+        ({"threads": 3}, {"threads": 3}),
+        ({"concurrent_batches": 1}, {"threads": 8}),
         ({"gpus": 1}, {"threads": 8}),
     ],
 )
 def test_a_machine_of_ones_own_is_shared_out(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], expected: dict[str, int]
 ) -> None:
-    """Of eight cores two passes at a time have half each, and step back for HTTP; what was given is kept, and a GPU has
-    passes one by one."""
+    """Of eight cores two passes at a time have half each; what was given is kept, and a GPU has passes one by one."""
     monkeypatch.setattr("sceneray.devices.usable_cores", lambda: 8)
     assert cpu_share(ServeArgs(bundle="b", **given)) == expected

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers
 from serve.admission import Refused
 from serve.api import ApiSettings, Backend, create_app
 from serve.middleware import timeout_of
+from serve.refusals import FLOOD
 from serve.schemas import ErrorBody
 from serve.visit import Visit
 from tests.unit.serve.servers import Busy, Endless, Still, uvicorn_of, wait_for
@@ -157,19 +158,23 @@ def visits() -> int:
 
 
 @pytest.mark.parametrize(
-    ("backend", "headers", "status"),
+    ("backend", "headers", "times_before", "status"),
     [
-        (Still, {}, 200),
-        (Still, {"x_request_timeout_s": "soon"}, 422),
-        (Busy, {}, 429),
-        (Endless, {"x_request_timeout_s": "0.2"}, 504),
+        (Still, {}, 1, 200),
+        (Still, {"x_request_timeout_s": "soon"}, 1, 422),
+        (Busy, {}, 1, 429),
+        (Busy, {}, FLOOD, 429),  # refused by its header from then on
+        (Endless, {"x_request_timeout_s": "0.2"}, 1, 504),
     ],
 )
-def test_a_request_leaves_no_garbage(backend: Callable[[], Backend], headers: dict[str, str], status: int) -> None:
+def test_a_request_leaves_no_garbage(
+    backend: Callable[[], Backend], headers: dict[str, str], times_before: int, status: int
+) -> None:
     """What a request held, its image among it, is free when it ends, however it ends: nothing waits for the garbage
     collector, which stops the whole process in order to look for it."""
     with uvicorn_of(create_app(backend(), ApiSettings())) as port:
-        post(port, **headers)  # what is made once
+        for _ in range(times_before):
+            post(port, **headers)
         gc.collect()
         before = visits()
         gc.disable()
