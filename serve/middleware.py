@@ -156,8 +156,8 @@ class _Exchange:
         try:
             yield
         finally:
-            # A cancelled task keeps its traceback, that the frame, and that this exchange. Kept here as well, it would be
-            # a cycle for each request; to collect them stops the process for tenths of a second in a flood (measured).
+            # A cancelled task keeps its traceback, that the frame, and that this exchange. Kept here too, it would be a
+            # cycle for each request; to collect them stops the process for tenths of a second in a flood (measured).
             listener, self._listener, self._limit = self._listener, None, None
             if listener is not None:
                 listener.cancel()
