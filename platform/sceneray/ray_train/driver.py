@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -176,10 +177,12 @@ def _abandon(board: Any, ended: threading.Event) -> None:
     A thread that still waits inside Ray while the process leaves Ray can take the process with it (SIGSEGV, in place of
     the exit code).
     """
-    controller = ray.get(board.controller_handle.remote())
-    if controller is not None:
-        ray.kill(controller)
-        ended.wait(ABANDON_TIMEOUT_S)
+    # Where the board itself is lost, what made us leave is the error to tell.
+    with contextlib.suppress(ray.exceptions.RayError):
+        controller = ray.get(board.controller_handle.remote(), timeout=ABANDON_TIMEOUT_S)
+        if controller is not None:
+            ray.kill(controller)
+            ended.wait(ABANDON_TIMEOUT_S)
 
 
 class IntroduceController(ControllerCallback):  # type: ignore[misc]  # Ray has no types
